@@ -1,0 +1,221 @@
+"""The text contract: write and read `<think>…</think><answer>…</answer>`, and the native forms of untrained families.
+
+Reading never raises: a completion is an `Answer` or a named reason why it is not one. Scoring lives elsewhere.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from polyground.geometry import Box, Grid, InvertedBoxError, OffImageError
+
+MAX_BOXES = 100
+"""More boxes than this in one answer is a runaway completion, not an answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Located:
+    """A box and the image it lies in."""
+
+    image: int | None
+    """1-based position among the prompt's images; None when a native form did not say."""
+    box: Box
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a completion (or the annotation) says: boxes, none of them for "not there", or the letter of a choice."""
+
+    boxes: tuple[Located, ...] = ()
+    choice: str | None = None
+
+
+class Unreadable(StrEnum):
+    """Why a completion has no usable answer."""
+
+    MISSING = "missing"
+    """No answer tag (and, where native forms are read, no box either)."""
+    MALFORMED = "malformed"
+    """An answer tag whose content is neither boxes nor a choice."""
+    INVERTED = "inverted"
+    """A box with swapped corners or no area."""
+    OFF_IMAGE = "off_image"
+    """A box wholly outside its image."""
+    BAD_IMAGE = "bad_image"
+    """An image number that the prompt does not have."""
+    TOO_MANY = "too_many"
+    """More than MAX_BOXES boxes."""
+
+
+_ANSWER = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)
+_CHOICE = re.compile(r"\(?([A-Z])\)?\.?")
+_CONTRACT = re.compile(r"\s*<think>((?:(?!</?think>|</?answer>).)+)</think>\s*<answer>((?:(?!</?think>|</?answer>).)*)</answer>\s*", re.DOTALL)
+
+
+def write_answer(answer: Answer, grids: Sequence[Grid]) -> str:
+    """The content of the answer tag; each box on the grid of its image. Raises ValueError for a box with no image.
+
+    >>> from polyground.geometry import PER_MILLE
+    >>> write_answer(Answer((Located(2, Box(0.1, 0.2, 0.5, 0.75)),)), [PER_MILLE, PER_MILLE])
+    '[{"image": 2, "bbox_2d": [100, 200, 500, 750]}]'
+    """
+    if answer.choice is not None:
+        return answer.choice
+    rows = []
+    for located in answer.boxes:
+        if located.image is None:
+            raise ValueError("the answer contract names the image of every box; this box has none")
+        rows.append({"image": located.image, "bbox_2d": list(grids[located.image - 1].write(located.box))})
+    return json.dumps(rows)
+
+
+def write_completion(think: str, answer: Answer, grids: Sequence[Grid]) -> str:
+    """A whole completion in the trained contract."""
+    return f"<think>{think}</think><answer>{write_answer(answer, grids)}</answer>"
+
+
+def reasoning_of(text: str) -> str | None:
+    """What stands between the think tags of a completion in the contract, or None."""
+    found = _CONTRACT.fullmatch(text)
+    return found[1].strip() if found else None
+
+
+def follows_contract(text: str) -> bool:
+    """True when the whole text is one non-empty think block and one answer block, nothing before, between or after."""
+    return bool(reasoning_of(text))
+
+
+def read_answer(text: str, grids: Sequence[Grid], *, native: str | None = None) -> Answer | Unreadable:
+    """Read the last well-formed `<answer>` of a completion; `grids` has one entry per image of the prompt.
+
+    `native` names the form an untrained family answers in (a key of `NATIVE_READERS`); it is tried only when the text
+    holds no answer tag, on what follows the reasoning, and leaves `image` unset when the form does not say it.
+
+    >>> from polyground.geometry import PER_MILLE
+    >>> read_answer("<answer>B</answer>", [PER_MILLE])
+    Answer(boxes=(), choice='B')
+    >>> read_answer("it is on the left", [PER_MILLE])
+    <Unreadable.MISSING: 'missing'>
+    """
+    first_problem: Unreadable | None = None
+    for content in reversed(_ANSWER.findall(text)):
+        answer = _read_content(content, grids)
+        if isinstance(answer, Answer):
+            return answer
+        first_problem = first_problem or answer
+    if first_problem is not None:
+        return first_problem
+    if native is None:
+        return Unreadable.MISSING
+    return NATIVE_READERS[native](text.rpartition("</think>")[2], grids)
+
+
+def _read_content(content: str, grids: Sequence[Grid]) -> Answer | Unreadable:
+    content = content.strip()
+    if found := _CHOICE.fullmatch(content):
+        return Answer(choice=found[1])
+    rows = _loads(content)
+    if isinstance(rows, dict):
+        rows = [rows]
+    if not isinstance(rows, list):
+        return Unreadable.MALFORMED
+    return _read_rows(rows, grids, image_required=True)
+
+
+def _loads(text: str) -> object:
+    # Deeply nested brackets exhaust the parser's stack, and absurdly long digits its integer limit (a ValueError).
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _read_rows(rows: Sequence[object], grids: Sequence[Grid], *, image_required: bool) -> Answer | Unreadable:
+    if len(rows) > MAX_BOXES:
+        return Unreadable.TOO_MANY
+    boxes = []
+    for row in rows:
+        if not isinstance(row, Mapping) or not _four_numbers(row.get("bbox_2d")):
+            return Unreadable.MALFORMED
+        image = row.get("image")
+        if image is None and image_required and len(grids) > 1:
+            return Unreadable.MALFORMED
+        if image is None:
+            image = 1 if len(grids) == 1 else None
+        elif isinstance(image, bool) or not isinstance(image, int):
+            return Unreadable.MALFORMED
+        located = _locate(image, row["bbox_2d"], grids)
+        if isinstance(located, Unreadable):
+            return located
+        boxes.append(located)
+    return Answer(tuple(boxes))
+
+
+def _four_numbers(value: object) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) == 4
+        and all(isinstance(n, int | float) and not isinstance(n, bool) and abs(n) < 1e9 for n in value)
+    )
+
+
+def _locate(image: int | None, numbers: Sequence[float], grids: Sequence[Grid]) -> Located | Unreadable:
+    if image is not None and not 1 <= image <= len(grids):
+        return Unreadable.BAD_IMAGE
+    # Without an image number only a grid shared by all images can be read; per-pixel families then use the last image.
+    grid = grids[image - 1] if image is not None else grids[-1]
+    try:
+        return Located(image, grid.read(numbers))
+    except OffImageError:
+        return Unreadable.OFF_IMAGE
+    except InvertedBoxError:
+        return Unreadable.INVERTED
+
+
+_JSON_LIST = re.compile(r"\[\s*\{.*?\}\s*\]|\{[^{}]*\}", re.DOTALL)
+_NUMBER = r"\s*(-?\d{1,9}(?:\.\d{1,9})?)\s*"
+_BOX_TOKENS = re.compile(rf"\({_NUMBER},{_NUMBER}\)\s*,\s*\({_NUMBER},{_NUMBER}\)")
+_BOX_BRACKETS = re.compile(rf"\[\[?{_NUMBER},{_NUMBER},{_NUMBER},{_NUMBER}\]\]?")
+
+
+def _read_qwen_json(text: str, grids: Sequence[Grid]) -> Answer | Unreadable:
+    """`[{"bbox_2d": [x0, y0, x1, y1], "label": …}]`, fenced or not: Qwen2.5-VL, Qwen3-VL."""
+    problem = Unreadable.MISSING
+    for found in reversed(_JSON_LIST.findall(text)):
+        rows = _loads(found)
+        rows = [rows] if isinstance(rows, dict) else rows
+        if isinstance(rows, list) and rows:
+            answer = _read_rows(rows, grids, image_required=False)
+            if isinstance(answer, Answer):
+                return answer
+            problem = answer
+    return _read_choice(text) if problem is Unreadable.MISSING else problem
+
+
+def _read_numbers(pattern: re.Pattern[str], text: str, grids: Sequence[Grid]) -> Answer | Unreadable:
+    boxes = []
+    for numbers in pattern.findall(text)[: MAX_BOXES + 1]:
+        located = _locate(1 if len(grids) == 1 else None, [float(n) for n in numbers], grids)
+        if isinstance(located, Unreadable):
+            return located
+        boxes.append(located)
+    if len(boxes) > MAX_BOXES:
+        return Unreadable.TOO_MANY
+    return Answer(tuple(boxes)) if boxes else _read_choice(text)
+
+
+def _read_choice(text: str) -> Answer | Unreadable:
+    found = _CHOICE.fullmatch(text.strip())
+    return Answer(choice=found[1]) if found else Unreadable.MISSING
+
+
+NATIVE_READERS: dict[str, Callable[[str, Sequence[Grid]], Answer | Unreadable]] = {
+    "qwen_json": _read_qwen_json,
+    "qwen_tokens": lambda text, grids: _read_numbers(_BOX_TOKENS, text, grids),
+    "internvl": lambda text, grids: _read_numbers(_BOX_BRACKETS, text, grids),
+}
+"""How families that were not trained here write their boxes (Qwen2-VL: `qwen_tokens`)."""
