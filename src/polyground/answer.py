@@ -16,6 +16,9 @@ from polyground.geometry import Box, Grid, InvertedBoxError, OffImageError
 MAX_BOXES = 100
 """More boxes than this in one answer is a runaway completion, not an answer."""
 
+NATIVE_TAIL = 10_000
+"""Native forms have no tags and are searched for in the last so many characters: searching takes quadratic time."""
+
 
 @dataclass(frozen=True, slots=True)
 class Located:
@@ -53,11 +56,13 @@ class Unreadable(StrEnum):
 
 _ANSWER = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)
 _CHOICE = re.compile(r"\(?([A-Z])\)?\.?")
-_CONTRACT = re.compile(r"\s*<think>((?:(?!</?think>|</?answer>).)+)</think>\s*<answer>((?:(?!</?think>|</?answer>).)*)</answer>\s*", re.DOTALL)
+_THOUGHT = re.compile(r"<think>(?:(?!<think>).)*?</think>", re.DOTALL)
+_UNTAGGED = r"(?:(?!</?think>|</?answer>).)"
+_CONTRACT = re.compile(rf"\s*<think>({_UNTAGGED}+)</think>\s*<answer>({_UNTAGGED}*)</answer>\s*", re.DOTALL)
 
 
 def write_answer(answer: Answer, grids: Sequence[Grid]) -> str:
-    """The content of the answer tag; each box on the grid of its image. Raises ValueError for a box with no image.
+    """The content of the answer tag; each box on the grid of its image. Raises ValueError for a box with no such image.
 
     >>> from polyground.geometry import PER_MILLE
     >>> write_answer(Answer((Located(2, Box(0.1, 0.2, 0.5, 0.75)),)), [PER_MILLE, PER_MILLE])
@@ -69,6 +74,8 @@ def write_answer(answer: Answer, grids: Sequence[Grid]) -> str:
     for located in answer.boxes:
         if located.image is None:
             raise ValueError("the answer contract names the image of every box; this box has none")
+        if not 1 <= located.image <= len(grids):
+            raise ValueError(f"images are counted from 1 to {len(grids)}; this box is in image {located.image}")
         rows.append({"image": located.image, "bbox_2d": list(grids[located.image - 1].write(located.box))})
     return json.dumps(rows)
 
@@ -92,8 +99,9 @@ def follows_contract(text: str) -> bool:
 def read_answer(text: str, grids: Sequence[Grid], *, native: str | None = None) -> Answer | Unreadable:
     """Read the last well-formed `<answer>` of a completion; `grids` has one entry per image of the prompt.
 
-    `native` names the form an untrained family answers in (a key of `NATIVE_READERS`); it is tried only when the text
-    holds no answer tag, on what follows the reasoning, and leaves `image` unset when the form does not say it.
+    What stands inside a think block is a thought, tagged or not, and never the answer. `native` names the form an
+    untrained family answers in (a key of `NATIVE_READERS`); it is tried only when the text holds no answer tag, and
+    leaves `image` unset when the form does not say it.
 
     >>> from polyground.geometry import PER_MILLE
     >>> read_answer("<answer>B</answer>", [PER_MILLE])
@@ -101,8 +109,9 @@ def read_answer(text: str, grids: Sequence[Grid], *, native: str | None = None) 
     >>> read_answer("it is on the left", [PER_MILLE])
     <Unreadable.MISSING: 'missing'>
     """
+    spoken = _THOUGHT.sub(" ", text)
     first_problem: Unreadable | None = None
-    for content in reversed(_ANSWER.findall(text)):
+    for content in reversed(_ANSWER.findall(spoken)):
         answer = _read_content(content, grids)
         if isinstance(answer, Answer):
             return answer
@@ -111,7 +120,9 @@ def read_answer(text: str, grids: Sequence[Grid], *, native: str | None = None) 
         return first_problem
     if native is None:
         return Unreadable.MISSING
-    return NATIVE_READERS[native](text.rpartition("</think>")[2], grids)
+    # Some chat templates open the thought in the prompt, and a thought cut short never closes.
+    spoken = spoken.rpartition("</think>")[2].partition("<think>")[0]
+    return NATIVE_READERS[native](spoken[-NATIVE_TAIL:], grids)
 
 
 def _read_content(content: str, grids: Sequence[Grid]) -> Answer | Unreadable:
@@ -164,7 +175,7 @@ def _four_numbers(value: object) -> bool:
 
 
 def _locate(image: int | None, numbers: Sequence[float], grids: Sequence[Grid]) -> Located | Unreadable:
-    if image is not None and not 1 <= image <= len(grids):
+    if not grids or (image is not None and not 1 <= image <= len(grids)):
         return Unreadable.BAD_IMAGE
     # Without an image number only a grid shared by all images can be read; per-pixel families then use the last image.
     grid = grids[image - 1] if image is not None else grids[-1]

@@ -69,6 +69,11 @@ def iou(a: Box, b: Box) -> float:
     return min(1.0, shared / union) if shared > 0 and union > 0 else 0.0
 
 
+def reaches(overlap: float, threshold: float) -> bool:
+    """True at or above the threshold; an IoU of exactly one half does not miss 0.5 through floating point."""
+    return overlap >= threshold - 1e-9
+
+
 def giou(a: Box, b: Box) -> float:
     """Generalised IoU (Rezatofighi et al., 2019), in (-1, 1]: unlike IoU it still grows as distant boxes approach."""
     hull = (max(a.x1, b.x1) - min(a.x0, b.x0)) * (max(a.y1, b.y1) - min(a.y0, b.y0))
@@ -119,13 +124,23 @@ class Grid:
     def write(self, box: Box) -> tuple[float, ...]:
         """The box on this grid, rounded to `decimals`; every corner is within half a unit of the exact one.
 
-        A box thinner than one unit is widened to one unit, so that what is written can be read back.
+        A box so thin that both ends round to the same number is widened to one unit, so that it can be read back.
         """
-        unit = 10.0**-self.decimals
-        x0, x1 = _distinct(round(box.x0 * self.width, self.decimals), round(box.x1 * self.width, self.decimals), unit, self.width)
-        y0, y1 = _distinct(round(box.y0 * self.height, self.decimals), round(box.y1 * self.height, self.decimals), unit, self.height)
+        x0, x1 = self._ends(box.x0, box.x1, self.width)
+        y0, y1 = self._ends(box.y0, box.y1, self.height)
         numbers = (x0, y0, x1, y1) if self.order == "xyxy" else (y0, x0, y1, x1)
         return numbers if self.decimals else tuple(int(n) for n in numbers)
+
+    def _ends(self, low: float, high: float, size: float) -> tuple[float, float]:
+        """Both ends of one axis, rounded, and one unit apart where they would fall together."""
+        low, high = round(low * size, self.decimals), round(high * size, self.decimals)
+        if high > low:
+            return low, high
+        unit = 10.0**-self.decimals
+        # Rounded once more: 0.128 + 0.001 is 0.129 only on paper.
+        if (above := round(low + unit, self.decimals)) <= size:
+            return low, above
+        return round(low - unit, self.decimals), low
 
     def read(self, numbers: Sequence[float]) -> Box:
         """The unit box of four numbers on this grid, clipped to the image.
@@ -144,12 +159,6 @@ class Grid:
         if x0 >= x1 or y0 >= y1:
             raise OffImageError(f"box lies outside the image: {tuple(numbers)} on a {self.width} x {self.height} grid")
         return Box(x0, y0, x1, y1)
-
-
-def _distinct(low: float, high: float, unit: float, limit: float) -> tuple[float, float]:
-    if high > low:
-        return low, high
-    return (low, low + unit) if low + unit <= limit else (low - unit, low)
 
 
 PER_MILLE = Grid(width=1000, height=1000)

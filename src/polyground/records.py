@@ -91,11 +91,18 @@ class Completion:
     """True when the token budget ran out before an end token."""
 
     def to_json(self) -> dict[str, Any]:
-        return {"text": self.text, "token_ids": list(self.token_ids), "logprobs": list(self.logprobs), "truncated": self.truncated}
+        return {
+            "text": self.text,
+            "token_ids": list(self.token_ids),
+            "logprobs": list(self.logprobs),
+            "truncated": self.truncated,
+        }
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> Completion:
-        return cls(text=row["text"], token_ids=tuple(row["token_ids"]), logprobs=tuple(row["logprobs"]), truncated=row["truncated"])
+        return cls(
+            text=row["text"], token_ids=tuple(row["token_ids"]), logprobs=tuple(row["logprobs"]), truncated=row["truncated"]
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,7 +117,8 @@ class Score:
     """Mean IoU over one-to-one matches, over max(predicted, gold) boxes, images ignored where the answer names none
     or the annotation knows none; in [0, 1]. For a multiple choice: 1 when right."""
     image_correct: float | None = None
-    """Share of gold boxes matched by a box that names the right image; None when the annotation does not know it or the task has no boxes."""
+    """Image numbers that are right, over max(predicted, gold) boxes, wherever on the image the boxes are; None when the
+    annotation does not know the image or the task has no boxes."""
     unreadable: str | None = None
     """The reason (`answer.Unreadable`) when there is no usable answer."""
     answer: Answer | None = None

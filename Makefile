@@ -1,0 +1,44 @@
+# Everything a contributor runs. `make demo` is the whole figure on a laptop.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+PIP_FLAGS ?=
+WORKERS ?= 2
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test check format docs clean
+
+help: ## list the targets
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+install: $(INSTALLED) ## make .venv and install the project with its training and development extras
+
+# torch goes first: with it in place, nothing that depends on it can pull another build.
+$(INSTALLED): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q $(PIP_FLAGS) -c constraints.txt torch
+	$(BIN)/python -m pip install -q $(PIP_FLAGS) -c constraints.txt -e '.[train,dev]'
+	touch $@
+
+demo: $(INSTALLED) ## run every stage with the tiny model, from simulated world to report
+	$(BIN)/polyground run recipes/tiny.yaml
+
+test: $(INSTALLED) ## run the tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+
+check: $(INSTALLED) ## lint, formatting and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(INSTALLED) ## format and apply safe lint fixes
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: $(INSTALLED) ## write docs/reference.md from the recipe's own definitions
+	$(BIN)/python scripts/write_reference.py docs/reference.md
+
+clean: ## remove caches and build output; .venv and runs stay
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find src tests scripts -name __pycache__ -type d -exec rm -rf {} +

@@ -1,0 +1,104 @@
+"""Write docs/reference.md: every verb and every key of a recipe, from the definitions the program itself reads."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+from annotated_types import Ge, Gt, Le, Lt, MinLen
+from pydantic.fields import FieldInfo
+
+from polyground.cli import STAGES
+from polyground.config import DataSource, Recipe, RewardConfig, Section
+from polyground.storage import atomic_write_text
+
+HEAD = """# Reference
+
+Written by `make docs` from the program's own definitions; edit those instead.
+
+## Verbs
+
+`polyground VERB RECIPE [--section.key value | --key value]`; a bare key is one of the recipe's own or of the verb's section.
+"""
+
+
+def reference() -> str:
+    parts = [HEAD, _table(("verb", "what it does"), [(f"`{verb}`", text) for verb, text in STAGES.items()])]
+    own = [name for name, field in Recipe.model_fields.items() if not _is_section(field.annotation)]
+    parts += ["\n## Recipe\n", f"{_doc(Recipe)}\n", _keys(Recipe, own)]
+    for name, field in Recipe.model_fields.items():
+        if _is_section(field.annotation):
+            section: type[Section] = field.annotation  # type: ignore[assignment]
+            parts += [f"\n## `{name}`\n", f"{_doc(section)}\n", _keys(section, list(section.model_fields))]
+    for title, section in (("An entry of `rewards`", RewardConfig), ("An entry of a split in `data`", DataSource)):
+        parts += [f"\n## {title}\n", f"{_doc(section)}\n", _keys(section, list(section.model_fields))]
+    return "\n".join(parts) + "\n"
+
+
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, Section)
+
+
+def _doc(section: type[Section]) -> str:
+    return " ".join((section.__doc__ or "").split())
+
+
+def _keys(section: type[Section], names: list[str]) -> str:
+    fields = [(name, section.model_fields[name]) for name in names]
+    rows = [(f"`{name}`", _type(f), _default(f), " ".join((f.description or "").split())) for name, f in fields]
+    return _table(("key", "type", "default", "meaning"), rows)
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    lines = [head, ("---",) * len(head), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def _type(field: FieldInfo) -> str:
+    limits = []
+    for limit in field.metadata:
+        match limit:
+            case Ge(ge=value):
+                limits.append(f"≥ {value}")
+            case Gt(gt=value):
+                limits.append(f"> {value}")
+            case Le(le=value):
+                limits.append(f"≤ {value}")
+            case Lt(lt=value):
+                limits.append(f"< {value}")
+            case MinLen():
+                limits.append("not empty")
+    return ", ".join([_name(field.annotation), *limits])
+
+
+def _name(annotation: Any) -> str:
+    origin, inner = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return " | ".join(f"`{value}`" for value in inner)
+    if origin in (Union, UnionType):
+        return " | ".join("null" if part is type(None) else _name(part) for part in inner)
+    if origin in (list, tuple):
+        return f"list of {_name(inner[0])}"
+    if origin is dict:
+        return "mapping"
+    plain = {str: "text", int: "whole number", float: "number", bool: "true | false", Path: "path"}
+    return plain.get(annotation, "entries" if _is_section(annotation) else str(annotation))
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "required"
+    value = field.default
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list) and value and isinstance(value[0], RewardConfig):
+        return ", ".join(f"{reward.weight:g} {reward.name}" for reward in value)
+    return f"`{list(value) if isinstance(value, tuple) else value}`" if value != "" else "empty"
+
+
+if __name__ == "__main__":
+    atomic_write_text(Path(sys.argv[1]), reference())

@@ -1,0 +1,548 @@
+"""Every knob of every stage: one recipe in YAML, dotted overrides, unknown keys refused by name.
+
+No stage, model or torch is known here. A section is frozen once built; each knob says its meaning, default and limit.
+Hyper-parameters keep TRL's names.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, Self, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from polyground.errors import ConfigError
+
+
+class Section(BaseModel):
+    """Base of every part of a recipe: frozen, and a misspelt key is an error."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, coerce_numbers_to_str=True, protected_namespaces=()
+    )
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values: what a run folder records and fingerprints."""
+        return self.model_dump(mode="json")
+
+
+class ModelConfig(Section):
+    """The model to start from."""
+
+    path: str = "tiny"
+    """`tiny` for the model shipped with the package, else a local folder in the Hugging Face layout."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision the weights are loaded in. bfloat16 halves the memory; on CPU without AVX-512 BF16 it is slow."""
+    max_pixels_total: int | None = Field(default=None, ge=1)
+    """Pixel budget of one prompt, divided by its image count; null leaves the processor's own limit per image."""
+    trust_remote_code: bool = False
+    """Run Python code found in the model folder. Leave it off unless you have read that code."""
+
+
+class WorldConfig(Section):
+    """The simulated world: how many questions each split holds. Used where `data` names no path for a split."""
+
+    train: int = Field(default=2000, ge=0)
+    """Questions for synthesis and supervised fine-tuning."""
+    rl: int = Field(default=1000, ge=0)
+    """Questions offered to rejection sampling, and from there to GRPO."""
+    validation: int = Field(default=100, ge=0)
+    """Questions watched while training."""
+    test: int = Field(default=300, ge=0)
+    """In-domain multi-image grounding questions."""
+    ood: int = Field(default=200, ge=0)
+    """Out-of-domain questions: unseen phrasings and scenes."""
+    perception: int = Field(default=200, ge=0)
+    """Multi-image perception questions, answered by a letter."""
+    seed: int = Field(default=0, ge=0)
+    """The same seed writes the same world."""
+
+
+class DataSource(Section):
+    """One annotation file and the converter that reads it."""
+
+    source: str = Field(min_length=1)
+    """Name of a converter: a module of `polyground.sources`, such as `mig_bench`."""
+    path: Path
+    """Annotation file or folder; a relative path starts at the working directory."""
+    options: dict[str, Any] = {}
+    """Passed to the converter, for example `image_root`."""
+
+
+class DataConfig(Section):
+    """Your own data, per split. A split without an entry comes from the simulated world."""
+
+    train: list[DataSource] = []
+    """For synthesis and supervised fine-tuning."""
+    rl: list[DataSource] = []
+    """For rejection sampling and GRPO."""
+    validation: list[DataSource] = []
+    """Watched while training."""
+    test: list[DataSource] = []
+    """In-domain multi-image grounding."""
+    ood: list[DataSource] = []
+    """Out-of-domain grounding."""
+    perception: list[DataSource] = []
+    """Multi-image perception, multiple choice."""
+
+
+class PromptConfig(Section):
+    """What the student is told besides the images and the question."""
+
+    instruction: str = "Think first, then answer."
+    """Appended to every question; empty for a model whose base never saw an instruction."""
+
+
+class RewardConfig(Section):
+    """One part of the reward."""
+
+    name: str = Field(min_length=1)
+    """A built-in reward (iou, iou_threshold, image, format, count, choice, length) or `file.py:function`."""
+    weight: float = Field(default=1.0, ge=0)
+    """Factor in the weighted sum."""
+    options: dict[str, Any] = {}
+    """Keyword arguments of the reward, for example `{threshold: 0.5}`."""
+
+
+class SynthesizeConfig(Section):
+    """Chain-of-thought rows from a teacher, filtered by the scorer."""
+
+    teacher: Literal["scripted", "endpoint"] = "scripted"
+    """`scripted` reads the simulated world's own facts; `endpoint` asks an OpenAI-compatible server."""
+    teacher_base_url: str | None = None
+    """Address of the server, for example http://localhost:8000/v1."""
+    teacher_model: str | None = None
+    """Name of the model on that server."""
+    api_key_env: str | None = None
+    """Name of the environment variable that holds the key; the key itself is never written anywhere."""
+    error_rate: float = Field(default=0.15, ge=0, le=1)
+    """Share of the scripted teacher's answers that are wrong on purpose, so that the filter has work to do."""
+    samples_per_example: int = Field(default=1, ge=1)
+    """Teacher attempts per example; the best one that passes is kept."""
+    temperature: float = Field(default=0.7, ge=0)
+    """Of an endpoint teacher."""
+    max_completion_length: int = Field(default=512, ge=1)
+    """Tokens an endpoint teacher may spend."""
+    pass_iou: float = Field(default=0.5, gt=0, le=1)
+    """A row is kept when its answer overlaps the annotation at least this much."""
+    min_words: int = Field(default=3, ge=0)
+    """Shorter reasoning is dropped."""
+    max_words: int = Field(default=400, ge=1)
+    """Longer reasoning is dropped."""
+    limit: int | None = Field(default=None, ge=1)
+    """Use only the first so many examples; null uses all."""
+
+    @field_validator("api_key_env")
+    @classmethod
+    def _is_a_variable_name(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,63}", value):
+            raise ValueError("must be the *name* of an environment variable, such as OPENAI_API_KEY, never the key itself")
+        return value
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> Self:
+        if self.min_words > self.max_words:
+            raise ValueError(f"min_words {self.min_words} is above max_words {self.max_words}; no reasoning could be kept")
+        if self.teacher == "endpoint" and not (self.teacher_base_url and self.teacher_model):
+            raise ValueError("teacher: endpoint needs teacher_base_url and teacher_model")
+        return self
+
+
+class TrainingConfig(Section):
+    """What supervised fine-tuning and GRPO share: optimiser, LoRA, logging, checkpoints."""
+
+    learning_rate: float = Field(default=1e-4, gt=0, le=1)
+    """Peak learning rate of the LoRA weights."""
+    max_steps: int = Field(default=-1, ge=-1)
+    """Optimiser steps; -1 takes the length from the epochs."""
+    per_device_train_batch_size: int = Field(default=4, ge=1)
+    """Rows per device and forward (supervised fine-tuning), or groups per device and forward (GRPO)."""
+    gradient_accumulation_steps: int = Field(default=1, ge=1)
+    """Forwards per optimiser step."""
+    lora_r: int = Field(default=64, ge=1)
+    """Rank of the adapter; 64 is VLM-R1's LoRA recipe."""
+    lora_alpha: int = Field(default=128, ge=1)
+    """The adapter is scaled by lora_alpha / lora_r."""
+    lora_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout on the adapter's input."""
+    warmup_ratio: float = Field(default=0.03, ge=0, le=1)
+    """Share of the steps in which the learning rate rises from 0."""
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "cosine"
+    """Shape of the learning rate after the warm-up."""
+    max_grad_norm: float = Field(default=1.0, ge=0)
+    """Gradients are scaled down to this norm; 0 never clips."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """AdamW's decay."""
+    bf16: bool = False
+    """Autocast to bfloat16 in the forward."""
+    logging_steps: int = Field(default=10, ge=1)
+    """Steps between log lines."""
+    save_steps: int = Field(default=100, ge=1)
+    """Steps between checkpoints: at most so many steps are repeated after a kill."""
+    save_total_limit: int | None = Field(default=2, ge=1)
+    """Older checkpoints are deleted; null keeps all."""
+    report_to: list[str] = ["tensorboard"]
+    """Loggers, by transformers' names; an empty list for none."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward: less memory, about a third more time."""
+
+
+class SftConfig(TrainingConfig):
+    """Cold start: supervised fine-tuning with LoRA on the synthesised rows."""
+
+    num_train_epochs: float = Field(default=1.0, gt=0)
+    """Passes over the rows; ignored where max_steps is set."""
+
+
+class MergeConfig(Section):
+    """Adapter into weights, with a parity check."""
+
+    tolerance: float = Field(default=1e-3, gt=0)
+    """Largest allowed difference between the log-probabilities of adapter and merged model (float32)."""
+
+
+class RejectConfig(Section):
+    """Rejection sampling: keep the questions whose pass rate lies strictly inside a band."""
+
+    num_generations: int = Field(default=8, ge=2)
+    """Completions per question. One alone has no rate."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Of the sampled completions."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Nucleus of the sampled completions; 1 keeps the whole distribution."""
+    max_completion_length: int = Field(default=128, ge=1)
+    """Tokens per completion."""
+    min_pass_rate: float = Field(default=0.0, ge=0, lt=1)
+    """Exclusive: 0 drops what never passes."""
+    max_pass_rate: float = Field(default=1.0, gt=0, le=1)
+    """Exclusive: 1 drops what always passes."""
+    pass_iou: float = Field(default=0.5, gt=0, le=1)
+    """A completion passes when its answer overlaps the annotation at least this much."""
+    balance: bool = True
+    """Cap every task at the same number of rows."""
+    limit: int | None = Field(default=None, ge=1)
+    """Sample only the first so many questions; null takes all."""
+    batch: int = Field(default=8, ge=1)
+    """Questions sampled together."""
+
+    @model_validator(mode="after")
+    def _is_a_band(self) -> Self:
+        if self.min_pass_rate >= self.max_pass_rate:
+            raise ValueError(f"min_pass_rate {self.min_pass_rate} must be below max_pass_rate {self.max_pass_rate}")
+        return self
+
+
+class GrpoConfig(TrainingConfig):
+    """Reinforcement learning from rule rewards, one group of completions per question."""
+
+    learning_rate: float = Field(default=1e-5, gt=0, le=1)
+    """Peak learning rate of the LoRA weights; 1e-5 is VLM-R1's LoRA recipe."""
+    max_steps: int = Field(default=200, ge=-1)
+    """Optimiser steps; -1 makes one pass over the questions."""
+    max_grad_norm: float = Field(default=1.0, ge=0)
+    """Gradients are scaled down to this norm; 0 never clips."""
+    num_generations: int = Field(default=8, ge=2)
+    """Completions per question. A baseline needs at least two."""
+    max_completion_length: int = Field(default=128, ge=1)
+    """Tokens per completion; a longer one is cut and scored as it stands."""
+    temperature: float = Field(default=0.9, gt=0)
+    """Of the rollouts; log-probabilities are taken at this temperature too."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Nucleus of the rollouts. Below 1 the log-probabilities are not those of the sampling distribution."""
+    beta: float = Field(default=0.04, ge=0)
+    """Weight of the divergence from the starting policy; 0 needs no reference forward."""
+    epsilon: float = Field(default=0.2, gt=0, lt=1)
+    """The importance ratio is kept above 1 - epsilon."""
+    epsilon_high: float | None = Field(default=None, gt=0)
+    """The importance ratio is kept below 1 + epsilon_high; null uses epsilon."""
+    scale_rewards: Literal["group", "none", "batch"] = "group"
+    """What the centred rewards are divided by: the group's deviation, nothing, or the batch's."""
+    loss_type: Literal["grpo", "dapo", "dr_grpo"] = "grpo"
+    """How token losses are averaged: per completion, per token of the batch, or by the constant token budget."""
+    num_iterations: int = Field(default=1, ge=1)
+    """Optimiser passes over each set of rollouts."""
+    difficulty_weighting: bool = False
+    """Weigh a group's loss by how hard its question is (UniVG-R1)."""
+    skip_zero_variance: bool = True
+    """Leave out groups whose rewards all agree: they cost a forward and teach nothing."""
+
+    @field_validator("scale_rewards", mode="before")
+    @classmethod
+    def _reads_booleans(cls, value: object) -> object:
+        # TRL also takes booleans here, and `null` is how one says "none" in YAML.
+        if value is None or value is False:
+            return "none"
+        return "group" if value is True else value
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> Self:
+        if self.epsilon_high is not None and self.epsilon_high < self.epsilon:
+            raise ValueError(f"epsilon_high {self.epsilon_high} must not be below epsilon {self.epsilon}")
+        return self
+
+
+class EvaluateConfig(Section):
+    """Greedy answers of base, SFT and RL model on every evaluation split, with intervals."""
+
+    max_completion_length: int = Field(default=128, ge=1)
+    """Tokens per answer."""
+    batch_size: int = Field(default=16, ge=1)
+    """Questions answered together."""
+    bootstrap: int = Field(default=1000, ge=0)
+    """Resamples behind each 95 % interval; 0 gives no intervals."""
+    ious: tuple[float, ...] = (0.5, 0.7, 0.3)
+    """Accuracy thresholds; the first is the headline."""
+    limit_per_split: int | None = Field(default=None, ge=1)
+    """Answer only the first so many questions of a split; null answers all."""
+
+    @field_validator("ious")
+    @classmethod
+    def _are_thresholds(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if not value or not all(0 < iou <= 1 for iou in value):
+            raise ValueError("needs at least one threshold, each above 0 and at most 1")
+        return value
+
+
+class ReportConfig(Section):
+    """The one HTML page."""
+
+    title: str = ""
+    """Heading of the page; empty uses the recipe's name."""
+    gallery_size: int = Field(default=24, ge=0)
+    """Answers drawn in the gallery."""
+    image_side: int = Field(default=224, ge=32, le=2048)
+    """Longer side of a gallery image, in pixels."""
+
+
+class GroundConfig(Section):
+    """One question about images of your own."""
+
+    max_completion_length: int = Field(default=128, ge=1)
+    """Tokens of the answer."""
+    temperature: float = Field(default=0.0, ge=0)
+    """0 gives the most likely answer."""
+
+
+class Recipe(Section):
+    """A whole run: what `polyground run RECIPE` does, and what each stage reads its section from."""
+
+    name: str = Field(default="run", min_length=1)
+    """Names the run in reports and logs."""
+    out: Path = Path("runs/run")
+    """Folder that holds one folder per stage; a relative path starts at the working directory."""
+    seed: int = Field(default=0, ge=0)
+    """The same seed gives the same rows."""
+    model: ModelConfig = ModelConfig()
+    world: WorldConfig = WorldConfig()
+    data: DataConfig = DataConfig()
+    prompts: PromptConfig = PromptConfig()
+    rewards: list[RewardConfig] = [
+        RewardConfig(name="iou", weight=0.8),
+        RewardConfig(name="image", weight=0.1),
+        RewardConfig(name="format", weight=0.1),
+    ]
+    """Parts of the one score, used by synthesis, rejection sampling, GRPO and evaluation."""
+    synthesize: SynthesizeConfig = SynthesizeConfig()
+    sft: SftConfig = SftConfig()
+    merge: MergeConfig = MergeConfig()
+    reject: RejectConfig = RejectConfig()
+    grpo: GrpoConfig = GrpoConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    report: ReportConfig = ReportConfig()
+    ground: GroundConfig = GroundConfig()
+
+    @field_validator("rewards")
+    @classmethod
+    def _are_worth_something(cls, value: list[RewardConfig]) -> list[RewardConfig]:
+        if not any(reward.weight > 0 for reward in value):
+            raise ValueError("needs at least one reward with a weight above 0")
+        names = [reward.name for reward in value]
+        if repeated := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"each reward may stand once; repeated: {', '.join(repeated)}")
+        return value
+
+
+def load_recipe(path: Path | str, overrides: Sequence[str] = (), *, section: str | None = None) -> Recipe:
+    """The recipe of a YAML file with overrides from the command line applied.
+
+    An override is `--sft.learning_rate 1e-4`, `--sft.learning_rate=1e-4`, or `--learning_rate 1e-4`; `key=value` needs
+    no dashes. A bare key is looked up in the recipe first, then in `section` (the verb). Values are YAML. Raises ConfigError.
+    """
+    path = Path(path)
+    tree = _read_yaml(path)
+    overridden: dict[tuple[str | int, ...], str] = {}
+    for key, value in _split_overrides(overrides):
+        where = _resolve(key, section)
+        _place(tree, where, _yaml_value(key, value), key)
+        overridden[where] = key
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, path, overridden)) from error
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The whole recipe as YAML, defaults included; `load_recipe` reads it back to an equal one."""
+    return yaml.safe_dump(recipe.to_json(), sort_keys=False, allow_unicode=True)
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that reads `1e-4` as a number and refuses a key that stands twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            if key_node.value in seen and key_node.value != "<<":
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key_node.value!r} stands twice", key_node.start_mark
+                )
+            seen.add(key_node.value)
+        return super().construct_mapping(node, deep=deep)
+
+
+# PyYAML follows YAML 1.1, in which a float needs a dot: without this, 1e-4 would be a string.
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506 - a SafeLoader
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path}: no such recipe; the ones that come with the project are in recipes/") from error
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); name a YAML file you may read") from error
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: not valid YAML ({' '.join(str(error).split())}); mend the file there") from error
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: a recipe is a mapping of sections; this file holds a {type(tree).__name__}")
+    return tree
+
+
+def _split_overrides(overrides: Sequence[str]) -> Iterator[tuple[str, str]]:
+    words = iter(overrides)
+    for word in words:
+        key, equals, value = word.removeprefix("--").partition("=")
+        if not key or not (equals or word.startswith("--")):
+            raise ConfigError(f"{word!r} is not an override; write --section.key value")
+        if not equals:
+            following = next(words, None)
+            if following is None or following.startswith("--"):
+                raise ConfigError(f"--{key} has no value; write --{key} VALUE or --{key}=VALUE")
+            value = following
+        yield key.replace("-", "_"), value
+
+
+def _yaml_value(key: str, value: str) -> Any:
+    try:
+        return yaml.load(value, Loader=_Loader)  # noqa: S506 - a SafeLoader
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--{key}: {value!r} is not a YAML value; quote it, as in --{key} \"'text'\"") from error
+
+
+def _resolve(key: str, section: str | None) -> tuple[str | int, ...]:
+    """The full path of an override's key."""
+    parts: tuple[str | int, ...] = tuple(int(part) if part.isdigit() else part for part in key.split("."))
+    if parts[0] in Recipe.model_fields:
+        return parts
+    known = _section_fields(section)
+    if section is not None and parts[0] in known:
+        return (section, *parts)
+    candidates = [*Recipe.model_fields, *known, *_dotted_keys()]
+    raise ConfigError(f"--{key}: no such key{_nearest(key, candidates)}; `polyground VERB --help` lists the keys of a section")
+
+
+def _section_fields(section: str | None) -> list[str]:
+    field = Recipe.model_fields.get(section or "")
+    annotation = field.annotation if field else None
+    return list(annotation.model_fields) if isinstance(annotation, type) and issubclass(annotation, Section) else []
+
+
+def _dotted_keys() -> list[str]:
+    return [f"{section}.{key}" for section in Recipe.model_fields for key in _section_fields(section)]
+
+
+def _nearest(key: str, candidates: Sequence[str]) -> str:
+    """`; did you mean …` or nothing. A right key without its section is recognised too."""
+    leaf = key.rpartition(".")[2]
+    same_leaf = [c for c in candidates if c.rpartition(".")[2] == leaf]
+    found = difflib.get_close_matches(key, candidates, n=1, cutoff=0.6) if not same_leaf else same_leaf[:2]
+    return f"; did you mean {' or '.join(found)}?" if found else ""
+
+
+def _place(tree: dict[str, Any], where: tuple[str | int, ...], value: Any, key: str) -> None:
+    """Set one value in the raw recipe, making the mappings on the way."""
+    here: Any = tree
+    if where[0] == "rewards" and len(where) > 1 and tree.get("rewards") is None:
+        tree["rewards"] = [reward.to_json() for reward in Recipe().rewards]
+    for position, part in enumerate(where):
+        last = position == len(where) - 1
+        if isinstance(here, list):
+            if not isinstance(part, int) or part >= len(here):
+                raise ConfigError(
+                    f"--{key}: the list there has {len(here)} entries; write its position, counted from 0, instead of {part!r}"
+                )
+        elif not isinstance(here, dict):
+            parent = ".".join(map(str, where[:position]))
+            raise ConfigError(f"--{key}: {parent} is a single value ({here!r}) and has no key {part!r}; set --{parent} itself")
+        if last:
+            here[part] = value
+        else:
+            if isinstance(here, dict) and here.get(part) is None:
+                here[part] = {}
+            here = here[part]
+
+
+def _explain(error: ValidationError, path: Path, overridden: Mapping[tuple[str | int, ...], str]) -> str:
+    """One line per mistake: place, key, value, remedy."""
+    lines = []
+    for problem in error.errors(include_url=False):
+        where = problem["loc"]
+        origin = next((f"--{key}" for place, key in overridden.items() if place[: len(where)] == where[: len(place)]), str(path))
+        dotted = ".".join(map(str, where)) or "recipe"
+        if problem["type"] == "extra_forbidden":
+            siblings = _fields_at(where[:-1])
+            parent = ".".join(map(str, where[:-1])) or "a recipe"
+            nearby = [".".join(map(str, (*where[:-1], sibling))) for sibling in siblings]
+            hint = _nearest(dotted, nearby) or _nearest(str(where[-1]), _dotted_keys())
+            lines.append(f"{origin}: {dotted} is not a known key{hint or f'; {parent} knows ' + ', '.join(siblings)}")
+            continue
+        message = problem["msg"].removeprefix("Value error, ")
+        message = message[0].lower() + message[1:] if message[1:2].islower() else message
+        # The field may hold a real secret by mistake; a whole section as the value helps nobody.
+        value = "" if where[-1:] == ("api_key_env",) or isinstance(problem["input"], dict | Section) else _value(problem["input"])
+        lines.append(f"{origin}: {dotted}{value}: {message}; correct this value")
+    return "\n".join(lines)
+
+
+def _value(value: object) -> str:
+    text = repr(value)
+    return f" = {text if len(text) <= 80 else text[:77] + '...'}"
+
+
+def _fields_at(where: Sequence[str | int]) -> list[str]:
+    """Known keys of the section at a path of the recipe."""
+    model: type[BaseModel] = Recipe
+    for part in where:
+        if isinstance(part, int):
+            continue
+        field = model.model_fields.get(part)
+        inner = _inner_section(field.annotation) if field else None
+        if inner is None:
+            return []
+        model = inner
+    return list(model.model_fields)
+
+
+def _inner_section(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    if get_origin(annotation) in (list, tuple, Union, UnionType):
+        return next((found for a in get_args(annotation) if (found := _inner_section(a))), None)
+    return None

@@ -1,0 +1,155 @@
+"""What a model is shown: the layout of images, boxes and choices in a prompt, and the requests made of a teacher.
+
+The annotation's answer and `Example.meta` never enter a student prompt. Chat templates and tokens belong to models.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from string import Template, ascii_uppercase
+
+from polyground.answer import Located, write_answer
+from polyground.errors import ConfigError, DataError
+from polyground.geometry import Grid
+from polyground.records import Example, Message
+
+PROMPT_VERSION = "1"
+"""Goes up when any prompt text or layout changes: answers to different versions do not compare."""
+
+TEACHER_TEMPLATES: dict[str, Template] = {
+    "ask": Template(
+        "$question\n\n"
+        "Reason step by step about what each image shows and how the images relate, in two to six short sentences. Name "
+        "images by their number. Do not write coordinates in the reasoning.\n"
+        "Then give the answer. $coordinates\n"
+        "Reply in exactly this form and write nothing else:\n"
+        "<think>your reasoning</think><answer>$form</answer>"
+    ),
+    "explain": Template(
+        "$question\n\n"
+        "The correct answer is: $answer\n"
+        "Write the reasoning that leads from the images to this answer, in two to six short sentences, as if you had found "
+        "it yourself: do not say that the answer was given, and do not write coordinates in the reasoning.\n"
+        "$coordinates\n"
+        "Reply in exactly this form and write nothing else:\n"
+        "<think>your reasoning</think><answer>$answer</answer>"
+    ),
+}
+"""`ask` hides the annotation, so its answer can be checked; `explain` shows it and is for questions the teacher fails."""
+
+
+def student_messages(example: Example, grids: Sequence[Grid], *, instruction: str = "") -> list[Message]:
+    """The conversation a student answers: one user turn; `grids` has one entry per image.
+
+    Several images are announced as "Image 1: ", "Image 2: "… before the question, unless the question says with
+    `<image>` where each belongs.
+    """
+    text = question_text(example, grids)
+    return [Message("user", _parts(example, f"{text}\n{instruction}" if instruction else text))]
+
+
+def teacher_messages(example: Example, grids: Sequence[Grid], *, template: str = "ask") -> list[Message]:
+    """The conversation a teacher answers in the contract; `grids` are those the *teacher* reads and writes boxes on."""
+    if template not in TEACHER_TEMPLATES:
+        raise ConfigError(f"teacher template {template!r} is unknown; known: {', '.join(TEACHER_TEMPLATES)}")
+    text = TEACHER_TEMPLATES[template].substitute(
+        question=question_text(example, grids),
+        coordinates=_coordinates(example, grids),
+        form=_form(example, grids),
+        answer=_target(example, grids) if template == "explain" else "",
+    )
+    return [Message("user", _parts(example, text))]
+
+
+def question_text(example: Example, grids: Sequence[Grid]) -> str:
+    """The question with its boxes written on the model's grid and its choices listed; `<image>` is left in place."""
+    if len(grids) != len(example.images):
+        raise DataError(f"example {example.key}: {len(example.images)} images but {len(grids)} grids; pass one grid per image")
+    pieces = example.question.split("<box>")
+    if len(pieces) - 1 != len(example.question_boxes):
+        raise DataError(
+            f"example {example.key}: the question has {len(pieces) - 1} <box> but question_boxes has "
+            f"{len(example.question_boxes)}; give one box per <box>, in order"
+        )
+    written = [_box_text(example, located, grids) for located in example.question_boxes]
+    text = pieces[0] + "".join(box + piece for box, piece in zip(written, pieces[1:], strict=True))
+    return _with_choices(example, text)
+
+
+def _box_text(example: Example, located: Located, grids: Sequence[Grid]) -> str:
+    if located.image is None and len(set(grids)) == 1:
+        return str(list(grids[0].write(located.box)))
+    if located.image is None or not 1 <= located.image <= len(grids):
+        raise DataError(
+            f"example {example.key}: a question box is on image {located.image}, but the example has images 1 to {len(grids)}; "
+            "correct question_boxes"
+        )
+    return str(list(grids[located.image - 1].write(located.box)))
+
+
+def _with_choices(example: Example, text: str) -> str:
+    if len(example.choices) > len(ascii_uppercase):
+        raise DataError(f"example {example.key}: {len(example.choices)} choices, but there are only 26 letters")
+    letters = ascii_uppercase[: len(example.choices)]
+    if all(re.search(rf"\({letter}\)", text) for letter in letters):
+        return text
+    lines = []
+    for letter, choice in zip(letters, example.choices, strict=True):
+        lines.append(choice if choice.startswith(f"({letter})") else f"({letter}) {choice}")
+    return "\n".join([text, *lines])
+
+
+def _parts(example: Example, text: str) -> tuple[str | Path, ...]:
+    pieces = text.split("<image>")
+    if len(pieces) > 1 and len(pieces) - 1 != len(example.images):
+        raise DataError(
+            f"example {example.key}: the question has {len(pieces) - 1} <image> but there are {len(example.images)} images; "
+            "give one <image> per image, or none to put all images first"
+        )
+    parts: list[str | Path] = []
+    if len(pieces) > 1:
+        parts.append(pieces[0])
+        for image, piece in zip(example.images, pieces[1:], strict=True):
+            parts += [image, piece]
+    elif len(example.images) == 1:
+        parts = [example.images[0], f"\n{text}"]
+    elif example.images:
+        for number, image in enumerate(example.images, start=1):
+            parts += [f"Image {number}: " if number == 1 else f"\nImage {number}: ", image]
+        parts.append(f"\n{text}")
+    else:
+        parts = [text]
+    return tuple(part for part in parts if part != "")
+
+
+def _coordinates(example: Example, grids: Sequence[Grid]) -> str:
+    """How the teacher is told to write a box; nothing for a multiple choice."""
+    if example.choices or example.target.choice is not None:
+        return "The answer is the letter of the right choice."
+    corners = "[x0, y0, x1, y1]" if all(grid.order == "xyxy" for grid in grids) else "[y0, x0, y1, x1]"
+    if len(set(grids)) == 1:
+        ranges = f"x runs from 0 to {grids[0].width:g} and y from 0 to {grids[0].height:g}"
+    else:
+        ranges = "; ".join(
+            f"on image {number}, x runs from 0 to {grid.width:g} and y from 0 to {grid.height:g}"
+            for number, grid in enumerate(grids, start=1)
+        )
+    return (
+        f"A box is {corners}, origin top left; {ranges}. Give the number of the image of every box, counted from 1; "
+        "give an empty list [] when nothing fits."
+    )
+
+
+def _form(example: Example, grids: Sequence[Grid]) -> str:
+    if example.choices or example.target.choice is not None:
+        return "A"
+    corners = "[x0, y0, x1, y1]" if all(grid.order == "xyxy" for grid in grids) else "[y0, x0, y1, x1]"
+    return f'[{{"image": 1, "bbox_2d": {corners}}}]'
+
+
+def _target(example: Example, grids: Sequence[Grid]) -> str:
+    if any(located.image is None for located in example.target.boxes):
+        raise DataError(f"example {example.key}: the annotation does not name the image of its box; use the template 'ask'")
+    return write_answer(example.target, grids)

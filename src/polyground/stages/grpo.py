@@ -1,0 +1,57 @@
+"""Reinforcement learning with rule rewards, from the merged SFT model, on the questions it sometimes gets right."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from polyground.config import Recipe
+from polyground.geometry import Grid
+from polyground.prompts import PROMPT_VERSION, student_messages
+from polyground.records import Example, Message
+from polyground.stages import best_device, model_path, upstream
+from polyground.storage import RunFolder, read_rows
+
+
+def run(recipe: Recipe) -> Mapping[str, Any]:
+    """Read the kept questions, train a fresh adapter on the merged SFT model, save it."""
+    identity = {
+        "seed": recipe.seed,
+        "grpo": recipe.grpo.to_json(),
+        "rewards": [reward.to_json() for reward in recipe.rewards],
+        "prompts": recipe.prompts.to_json(),
+        "prompt_version": PROMPT_VERSION,
+        "model": recipe.model.to_json(),
+        "inputs": upstream(recipe, "reject", "sft-merged"),
+    }
+    with RunFolder(recipe.out / "grpo", "grpo", identity) as folder:
+        if folder.complete:
+            return folder.summary
+        from polyground.models import load_model
+        from polyground.rewards import Scorer
+        from polyground.sampling.local import LocalSampler
+        from polyground.training.grpo import train_grpo
+
+        loaded = load_model(
+            model_path(recipe, "sft"),
+            dtype=recipe.model.dtype,
+            max_pixels_total=recipe.model.max_pixels_total,
+            device=best_device(),
+        )
+
+        def ask(example: Example) -> tuple[Sequence[Message], Sequence[Grid]]:
+            grids = loaded.family.grids(example.images)
+            return student_messages(example, grids, instruction=recipe.prompts.instruction), grids
+
+        summary = train_grpo(
+            loaded,
+            [Example.from_json(row) for row in read_rows(recipe.out / "reject" / "kept.jsonl")],
+            recipe.grpo,
+            sampler=LocalSampler,
+            ask=ask,
+            # The contract only: an answer in the base's native form is what RL is to unlearn.
+            judge=Scorer(recipe.rewards).score,
+            out=folder.path,
+            seed=recipe.seed,
+        )
+        return folder.finish({**summary, "seconds": folder.seconds}).summary

@@ -1,0 +1,116 @@
+"""An adapter merged into its base model, written as a folder of its own and checked against the adapter it came from.
+
+The folder appears only when it is complete and right: it is written aside, opened again, compared and then renamed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from polyground.errors import ModelError, StorageError
+from polyground.models import Loaded, load_model, model_folder, save_processor_files
+from polyground.records import Message
+
+ORIGIN = "merged_from.json"
+"""Written into the merged folder: where it came from, the adapter's configuration and the parity check."""
+
+_QUESTION = 'Which image shows the red star? <think>Image 2.</think><answer>[{"image": 2, "bbox_2d": [100, 200, 500, 750]}]'
+
+
+def run(
+    base_path: str | Path, adapter_path: str | Path, out: str | Path, *, tolerance: float = 1e-3, dtype: str = "float32"
+) -> dict[str, Any]:
+    """Merge and return what `merged_from.json` says; a complete folder of the same base and adapter is left as it is.
+
+    `tolerance` bounds the difference of any log-probability between the base with its adapter and the merged folder.
+    `dtype` is what the weights are merged and stored in; `auto` keeps the base's own.
+    """
+    adapter, out = Path(adapter_path), Path(out)
+    origin = _origin(base_path, adapter, dtype)
+    if out.exists():
+        return _finished(out, origin)
+    partial = out.with_name(out.name + ".partial")
+    if partial.exists():
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True)
+
+    loaded = load_model(base_path, dtype=dtype, adapter=adapter)
+    expected = _logprobs(loaded)
+    loaded.model.merge_and_unload(safe_merge=True).save_pretrained(partial, safe_serialization=True)
+    save_processor_files(base_path, partial)
+    del loaded
+
+    difference = float((_logprobs(load_model(partial, dtype=dtype)) - expected).abs().max())
+    if not difference <= tolerance:
+        shutil.rmtree(partial)
+        raise ModelError(
+            f"{out}: merging changed a log-probability by {difference:.2g}, more than merge.tolerance {tolerance:.2g}; "
+            "merge in float32 or raise the tolerance"
+        )
+    summary = {**origin, "tolerance": tolerance, "max_logprob_difference": difference}
+    (partial / ORIGIN).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    partial.rename(out)
+    return summary
+
+
+def _origin(base_path: str | Path, adapter: Path, dtype: str) -> dict[str, Any]:
+    config, weights = adapter / "adapter_config.json", adapter / "adapter_model.safetensors"
+    for file in (config, weights):
+        if not file.is_file():
+            raise ModelError(f"{adapter}: no {file.name}; give the folder of a peft adapter saved with safetensors")
+    return {
+        "base": str(base_path),
+        "base_sha256": _sha256(*sorted(model_folder(base_path).glob("*.safetensors"))),
+        "adapter": str(adapter),
+        "adapter_sha256": _sha256(weights),
+        "adapter_config": json.loads(config.read_text(encoding="utf-8")),
+        "dtype": dtype,
+    }
+
+
+def _finished(out: Path, origin: dict[str, Any]) -> dict[str, Any]:
+    remedy = "remove the folder or give another `out`"
+    try:
+        summary = json.loads((out / ORIGIN).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise StorageError(f"{out}: exists but is not a merged model ({error}); {remedy}") from error
+    # Contents, not paths: a moved run is the same run.
+    for name in ("base_sha256", "adapter_sha256", "dtype"):
+        if summary.get(name) != origin[name]:
+            raise StorageError(f"{out}: was merged from another {name.removesuffix('_sha256')}; {remedy}")
+    return dict(summary)
+
+
+def _sha256(*files: Path) -> str:
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 24):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+@torch.no_grad()
+def _logprobs(loaded: Loaded) -> Tensor:
+    """[T, V] of a prompt with two images."""
+    with tempfile.TemporaryDirectory() as folder:
+        images = [Path(folder) / f"{colour}.png" for colour in ("white", "red")]
+        for image in images:
+            Image.new("RGB", (112, 112), image.stem).save(image)
+        prompt = loaded.family.encode([Message("user", ("Image 1: ", images[0], "\nImage 2: ", images[1], "\n", _QUESTION))])
+    output = loaded.family.forward(
+        loaded.model,
+        input_ids=prompt.input_ids[None],
+        position_ids=prompt.position_ids[:, None],
+        features=[loaded.family.encode_images(loaded.model, prompt)],
+    )
+    return torch.as_tensor(output.logits[0]).float().log_softmax(-1)

@@ -1,0 +1,132 @@
+"""Sample the merged SFT model several times per question and keep the questions it sometimes gets right.
+
+`rollouts.jsonl` holds every group (a row is a question and all its completions); `kept.jsonl` the examples for RL, each
+with its `pass_rate`. Scored by the very reward RL will use, so that what is kept is what RL can move.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from polyground.config import Recipe, RejectConfig
+from polyground.errors import DataError
+from polyground.prompts import PROMPT_VERSION
+from polyground.records import Completion, Example
+from polyground.rollout import Group, interleave, rollout_groups
+from polyground.stages import open_student, track, upstream
+from polyground.stages.inputs import read_split, split_identity
+from polyground.storage import RunFolder, atomic_write_text
+
+
+def run(recipe: Recipe) -> Mapping[str, Any]:
+    """Group after group onto disk, then the band of pass rates, balanced over tasks."""
+    config = recipe.reject
+    examples = interleave(read_split(recipe, "rl"))[: config.limit]
+    identity = {
+        "seed": recipe.seed,
+        "reject": config.to_json(),
+        "rewards": [reward.to_json() for reward in recipe.rewards],
+        "prompts": recipe.prompts.to_json(),
+        "prompt_version": PROMPT_VERSION,
+        "model": recipe.model.to_json(),
+        "data": split_identity(recipe, "rl"),
+        "inputs": upstream(recipe, "sft-merged"),
+    }
+    with RunFolder(recipe.out / "reject", "reject", identity) as folder:
+        if folder.complete:
+            return folder.summary
+        done = folder.done_keys("rollouts.jsonl")
+        student = open_student(recipe, "sft")
+        groups = rollout_groups(
+            examples,
+            sampler=student.sampler,
+            ask=student.ask,
+            judge=student.scorer.score,
+            n=config.num_generations,
+            temperature=config.temperature,
+            top_p=config.top_p,
+            max_tokens=config.max_completion_length,
+            seed=recipe.seed,
+            batch=config.batch,
+            done=done,
+        )
+        for group in track(groups, "reject", total=len(examples), done=len(done)):
+            folder.append("rollouts.jsonl", group_row(group, threshold=config.pass_iou))
+        rows = list(folder.rows("rollouts.jsonl"))
+        rates = {row["key"]: float(row["pass_rate"]) for row in rows}
+        kept = keep(examples, rates, config)
+        if not kept:
+            raise DataError(
+                f"{folder.path}: no question has a pass rate between {config.min_pass_rate} and {config.max_pass_rate} "
+                f"({histogram(rates.values())}); widen the band, raise reject.num_generations, or train the SFT model longer"
+            )
+        lines = (json.dumps({**example.to_json(), "pass_rate": rates[example.key]}) + "\n" for example in kept)
+        atomic_write_text(folder.file("kept.jsonl"), "".join(lines))
+        return folder.finish(_summary(examples, kept, rates, rows)).summary
+
+
+def group_row(group: Group, *, threshold: float) -> dict[str, Any]:
+    """One line of `rollouts.jsonl`. Log-probabilities are left out: nothing reads them, and they are most of the bytes."""
+    rollouts = [replace(rollout, completion=_slim(rollout.completion)).to_json() for rollout in group.rollouts]
+    return {
+        "key": group.example.key,
+        "task": group.example.task,
+        "pass_rate": group.pass_rate(threshold=threshold),
+        "mean_reward": sum(group.totals) / len(group.totals),
+        "rollouts": rollouts,
+    }
+
+
+def _slim(completion: Completion) -> Completion:
+    return replace(completion, logprobs=())
+
+
+def keep(examples: Sequence[Example], rates: Mapping[str, float], config: RejectConfig) -> list[Example]:
+    """The examples whose rate lies strictly inside the band, tasks taking turns.
+
+    With `balance` no task has more than the median of the tasks' counts (at least 1); of a larger task those nearest to
+    a rate of one half stay, for they have the most to teach.
+    """
+    by_task: dict[str, list[Example]] = defaultdict(list)
+    for example in examples:
+        if config.min_pass_rate < rates[example.key] < config.max_pass_rate:
+            by_task[example.task].append(example)
+    if config.balance and by_task:
+        counts = sorted(len(group) for group in by_task.values())
+        cap = max(1, counts[len(counts) // 2])
+        for task, group in by_task.items():
+            chosen = {e.key for e in sorted(group, key=lambda e: abs(rates[e.key] - 0.5))[:cap]}
+            by_task[task] = [example for example in group if example.key in chosen]
+    return interleave([example for group in by_task.values() for example in group])
+
+
+def histogram(rates: Any) -> dict[str, int]:
+    """How many questions have each pass rate.
+
+    >>> histogram([0.0, 0.5, 0.5])
+    {'0.000': 1, '0.500': 2}
+    """
+    return dict(sorted(Counter(f"{rate:.3f}" for rate in rates).items()))
+
+
+def _summary(
+    examples: Sequence[Example], kept: Sequence[Example], rates: Mapping[str, float], rows: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    by_task: dict[str, list[float]] = defaultdict(list)
+    for example in examples:
+        by_task[example.task].append(rates[example.key])
+    return {
+        "asked": len(examples),
+        "kept": len(kept),
+        "never": sum(rate == 0 for rate in rates.values()),
+        "always": sum(rate == 1 for rate in rates.values()),
+        "mean_pass_rate": sum(rates.values()) / len(rates),
+        "mean_reward": sum(row["mean_reward"] for row in rows) / len(rows),
+        "pass_rates": histogram(rates.values()),
+        "pass_rate_by_task": {task: sum(found) / len(found) for task, found in sorted(by_task.items())},
+        "kept_by_task": dict(sorted(Counter(example.task for example in kept).items())),
+    }

@@ -1,0 +1,51 @@
+"""Cold start: a LoRA adapter learns to answer in the contract, from the reasoning that synthesis kept."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from polyground.answer import write_completion
+from polyground.config import Recipe
+from polyground.models import Family
+from polyground.prompts import PROMPT_VERSION, student_messages
+from polyground.records import Example, answer_from_json
+from polyground.stages import best_device, model_path, upstream
+from polyground.storage import RunFolder, read_rows
+
+
+def run(recipe: Recipe) -> Mapping[str, Any]:
+    """Read the kept rows, write each in the student's own words and grid, train, save the adapter."""
+    identity = {
+        "seed": recipe.seed,
+        "sft": recipe.sft.to_json(),
+        "prompts": recipe.prompts.to_json(),
+        "prompt_version": PROMPT_VERSION,
+        "model": recipe.model.to_json(),
+        "inputs": upstream(recipe, "synthesize"),
+    }
+    with RunFolder(recipe.out / "sft", "sft", identity) as folder:
+        if folder.complete:
+            return folder.summary
+        from polyground.models import load_model
+        from polyground.training.sft import train_sft
+
+        loaded = load_model(
+            model_path(recipe, "base"),
+            dtype=recipe.model.dtype,
+            max_pixels_total=recipe.model.max_pixels_total,
+            device=best_device(),
+        )
+        rows = read_rows(recipe.out / "synthesize" / "kept.jsonl")
+        lessons = [_lesson(row, loaded.family, instruction=recipe.prompts.instruction) for row in rows]
+        summary = train_sft(loaded, lessons, recipe.sft, out=folder.path, seed=recipe.seed)
+        return folder.finish({**summary, "seconds": folder.seconds}).summary
+
+
+def _lesson(row: Mapping[str, Any], family: Family, *, instruction: str) -> Any:
+    from polyground.training.sft import Lesson
+
+    example = Example.from_json(row)
+    grids = family.grids(example.images)
+    messages = student_messages(example, grids, instruction=instruction)
+    return Lesson(tuple(messages), write_completion(row["reasoning"], answer_from_json(row["answer"]), grids))

@@ -1,0 +1,438 @@
+"""GRPO whose unit is the group: a prompt is encoded once, and all its completions share one packed forward and backward.
+
+What differs from row-by-row training is the cost, not the result: loss and gradients equal TRL's (tests/training).
+Sampling is any `Sampler`; scoring is the one `Scorer`; checkpoints, schedules, loggers and DDP are transformers' Trainer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import random
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor
+from torch.utils.data import Dataset, SequentialSampler
+from transformers import Trainer
+
+from polyground.batches import PackedGroup, pack_group
+from polyground.config import GrpoConfig
+from polyground.errors import ConfigError, DataError
+from polyground.losses import (
+    BatchSize,
+    GrpoInputs,
+    GrpoSums,
+    Objective,
+    TokenScores,
+    advantages,
+    deviation,
+    grpo_loss,
+    token_scores,
+    without_variance,
+)
+from polyground.models import Family, ImageFeatures, Loaded, Prompt
+from polyground.records import Completion, Example, Message, Rollout
+from polyground.rollout import Ask, Group, Judge, rollout_groups
+from polyground.sampling import Sampler
+from polyground.storage import RowWriter
+from polyground.training.runs import add_adapter, require_sdpa, train, training_arguments
+
+# Shapes: G completions of one prompt, T tokens of the longest of them, N all their tokens laid end to end.
+
+ROLLOUTS = "rollouts.jsonl"
+"""One row per completion sampled in training: `step` (0-based), `advantage`, and the `Rollout`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Lot:
+    """One group made ready for the optimiser."""
+
+    packed: PackedGroup
+    features: ImageFeatures
+    advantages_G: Tensor
+    size: BatchSize
+    """Of the optimiser batch it belongs to."""
+    skipped: bool
+    """Without variance, and so without gradient: counted, not computed."""
+    old_logprobs_GT: Tensor | None = None
+    reference_logprobs_GT: Tensor | None = None
+
+
+class Schedule(Dataset[Example]):
+    """Which example stands at which place of the whole run; depends on the seed alone, so that a resumed run goes on in it.
+
+    Examples are shuffled anew for each pass. With several iterations a step's examples come again in the steps after it.
+    """
+
+    def __init__(self, examples: Sequence[Example], *, steps: int, per_step: int, num_iterations: int, seed: int) -> None:
+        self._examples = examples
+        self._steps, self._per_step, self._num_iterations, self._seed = steps, per_step, num_iterations, seed
+        self._orders: dict[int, list[int]] = {}
+
+    def __len__(self) -> int:
+        return self._steps * self._per_step
+
+    def __getitem__(self, index: int) -> Example:
+        step, place = divmod(index, self._per_step)
+        lap, position = divmod(step // self._num_iterations * self._per_step + place, len(self._examples))
+        return self._examples[self._order(lap)[position]]
+
+    def _order(self, lap: int) -> list[int]:
+        if lap not in self._orders:
+            order = list(range(len(self._examples)))
+            random.Random(f"{self._seed}/{lap}").shuffle(order)
+            self._orders[lap] = order
+        return self._orders[lap]
+
+
+class Remembering:
+    """A family that encodes a prompt and its images once per step, however many ask: the sampler, the reference, the update.
+
+    Exact because the vision tower is frozen.
+    """
+
+    def __init__(self, family: Family) -> None:
+        self._family = family
+        self._prompts: dict[tuple[Message, ...], Prompt] = {}
+        self._features: dict[int, ImageFeatures] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._family, name)
+
+    def encode(self, messages: Sequence[Message]) -> Prompt:
+        key = tuple(messages)
+        if key not in self._prompts:
+            self._prompts[key] = self._family.encode(messages)
+        return self._prompts[key]
+
+    def encode_images(self, model: Any, prompt: Prompt) -> ImageFeatures:
+        return self.encode_images_of(model, [prompt])[0]
+
+    def encode_images_of(self, model: Any, prompts: Sequence[Prompt]) -> list[ImageFeatures]:
+        missing = [prompt for prompt in dict.fromkeys(prompts) if id(prompt) not in self._features]
+        if missing:
+            for prompt, features in zip(missing, self._family.encode_images_of(model, missing), strict=True):
+                self._features[id(prompt)] = features
+        return [self._features[id(prompt)] for prompt in prompts]
+
+    def forget(self) -> None:
+        """Let go of everything; called before each new set of rollouts."""
+        self._prompts.clear()
+        self._features.clear()
+
+
+def score_group(model: Any, family: Any, packed: PackedGroup, features: ImageFeatures, *, temperature: float) -> TokenScores:
+    """Log-probabilities and entropies of all completion tokens of a group, from one packed forward pass."""
+    outputs = family.forward(
+        model,
+        input_ids=packed.input_ids_1S,
+        position_ids=packed.positions_31S,
+        features=[features],
+        attention_mask=packed.mask_11SS,
+        logits_to_keep=packed.keep_N,
+        use_cache=False,
+    )
+    return token_scores(outputs.logits[0], packed.targets_N, temperature=temperature)
+
+
+class GrpoTrainer(Trainer):
+    """transformers' Trainer whose batches are groups it samples itself, from the policy it trains."""
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        args: Any,
+        config: GrpoConfig,
+        examples: Sequence[Example],
+        family: Any,
+        sampler: Sampler,
+        ask: Ask,
+        judge: Judge,
+        seed: int,
+    ) -> None:
+        require_sdpa(model)
+        if args.save_steps % config.num_iterations:
+            raise ConfigError(
+                f"grpo.save_steps {args.save_steps} must be a multiple of num_iterations {config.num_iterations}: "
+                "a checkpoint inside a set of rollouts could not be resumed exactly"
+            )
+        schedule = Schedule(
+            examples, steps=args.max_steps, per_step=groups_per_step(args), num_iterations=config.num_iterations, seed=seed
+        )
+        super().__init__(model=model, args=args, train_dataset=schedule, data_collator=list)
+        # `BatchSize` spans the accumulation window: losses of micro-batches are summed, not averaged.
+        self.loss_is_scaled_for_ga = True
+        self.config = config
+        self.objective = Objective(
+            loss_type=config.loss_type,
+            beta=config.beta,
+            epsilon=config.epsilon,
+            epsilon_high=config.epsilon_high,
+            max_completion_length=config.max_completion_length,
+        )
+        self._family, self._sampler, self._ask, self._judge, self._seed = family, sampler, ask, judge, seed
+        self._held: list[Lot] = []
+        self._sums = GrpoSums()
+        self._entropy = 0.0
+        self._metrics: dict[str, list[float]] = defaultdict(list)
+
+    # What Trainer asks for -------------------------------------------------------------------------------------------
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
+        return SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> tuple[list[Any], None]:
+        """The groups of one optimiser step, sampled together when their turn begins and reused `num_iterations` times."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        step = self.state.global_step
+        if step % self.config.num_iterations == 0:
+            self._held = self._roll_out([example for batch in batches for example in batch], step=step)
+        lots = iter(self._held)
+        return [{"lots": [next(lots) for _ in batch]} for batch in batches], None
+
+    def compute_loss(
+        self, model: Any, inputs: Mapping[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Tensor:
+        lots = inputs["lots"]
+        used = [lot for lot in lots if not lot.skipped]
+        if not used and self.args.world_size > 1:
+            # Every process must run a backward for gradients to be averaged; this one's is exactly zero.
+            used = lots[:1]
+        if not used:
+            return torch.stack([p.sum() for p in model.parameters() if p.requires_grad]).sum() * 0.0
+        return torch.stack([self._loss(model, lot) for lot in used]).sum()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs = {**logs, **self._measured()}
+        super().log(logs, start_time)
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        return 0
+
+    # One group under the policy --------------------------------------------------------------------------------------
+
+    def _loss(self, model: Any, lot: Lot) -> Tensor:
+        scores = score_group(model, self._family, lot.packed, lot.features, temperature=self.config.temperature)
+        result = grpo_loss(
+            GrpoInputs(
+                logprobs_GT=lot.packed.unpack(scores.logprobs_N),
+                advantages_G=lot.advantages_G,
+                mask_GT=lot.packed.mask_GT,
+                old_logprobs_GT=lot.old_logprobs_GT,
+                reference_logprobs_GT=lot.reference_logprobs_GT,
+            ),
+            objective=self.objective,
+            size=lot.size,
+        )
+        self._sums += result.sums
+        self._entropy += float(scores.entropies_N.sum())
+        return result.loss
+
+    # Rollouts --------------------------------------------------------------------------------------------------------
+
+    def _roll_out(self, examples: Sequence[Example], *, step: int) -> list[Lot]:
+        model = self.accelerator.unwrap_model(self.model)
+        model.eval()
+        self._family.forget()
+        with torch.no_grad(), self.accelerator.autocast():
+            groups = list(
+                rollout_groups(
+                    examples,
+                    sampler=self._sampler,
+                    ask=self._ask,
+                    judge=self._judge,
+                    n=self.config.num_generations,
+                    temperature=self.config.temperature,
+                    top_p=self.config.top_p,
+                    max_tokens=self.config.max_completion_length,
+                    seed=step_seed(self._seed, step),
+                    batch=len(examples),
+                )
+            )
+            lots = self._lots(model, groups)
+        self._record(groups, lots, step=step)
+        return lots
+
+    def _lots(self, model: Any, groups: Sequence[Group]) -> list[Lot]:
+        rewards = [list(group.totals) for group in groups]
+        spread = (
+            deviation(self._gathered([r for group in rewards for r in group])) if self.config.scale_rewards == "batch" else None
+        )
+        values = advantages(rewards, scale_rewards=self.config.scale_rewards, spread=spread)
+        if self.config.difficulty_weighting:
+            values = [[a * difficulty_weight(group) for a in row] for group, row in zip(groups, values, strict=True)]
+        lengths = [len(rollout.completion.token_ids) for group in groups for rollout in group.rollouts]
+        # Under several processes gradients are averaged, so each divides by the average size.
+        tokens = sum(self._gathered([float(sum(lengths))])) / self.args.world_size
+        size = BatchSize(completions=len(lengths), tokens=tokens)
+        return [self._lot(model, group, row, size) for group, row in zip(groups, values, strict=True)]
+
+    def _lot(self, model: Any, group: Group, values: Sequence[float], size: BatchSize) -> Lot:
+        device = self.args.device
+        messages, _ = self._ask(group.example)
+        prompt = self._family.encode(messages)
+        lot = Lot(
+            packed=pack_group(prompt, [rollout.completion.token_ids for rollout in group.rollouts]).to(device),
+            features=self._family.encode_images(model, prompt),
+            advantages_G=torch.tensor(values, device=device),
+            size=size,
+            # With a KL penalty such a group still has a gradient: leaving it out would not be exact.
+            skipped=self.config.skip_zero_variance and self.config.beta == 0 and without_variance(group.totals),
+        )
+        if lot.skipped:
+            return lot
+        if self.config.num_iterations > 1:
+            lot = replace(lot, old_logprobs_GT=self._logprobs(model, lot))
+        if self.config.beta:
+            with model.disable_adapter():
+                lot = replace(lot, reference_logprobs_GT=self._logprobs(model, lot))
+        return lot
+
+    def _logprobs(self, model: Any, lot: Lot) -> Tensor:
+        scores = score_group(model, self._family, lot.packed, lot.features, temperature=self.config.temperature)
+        return lot.packed.unpack(scores.logprobs_N)
+
+    def _gathered(self, values: Sequence[float]) -> list[float]:
+        if self.args.world_size == 1:
+            return list(values)
+        return self.accelerator.gather(torch.tensor(values, dtype=torch.float64, device=self.args.device)).tolist()
+
+    # What is said of it ----------------------------------------------------------------------------------------------
+
+    def _record(self, groups: Sequence[Group], lots: Sequence[Lot], *, step: int) -> None:
+        rows = [
+            {"step": step, "advantage": float(advantage), **_slim(rollout).to_json()}
+            for group, lot in zip(groups, lots, strict=True)
+            for rollout, advantage in zip(group.rollouts, lot.advantages_G.tolist(), strict=True)
+        ]
+        counted = [(group, lot.skipped) for group, lot in zip(groups, lots, strict=True)]
+        if self.args.world_size > 1:
+            rows, counted = gather_object(rows), gather_object(counted)
+        if self.is_world_process_zero():
+            with RowWriter(Path(self.args.output_dir) / ROLLOUTS) as writer:
+                for row in rows:
+                    writer.append(row)
+        for key, value in group_metrics([group for group, _ in counted]).items():
+            self._metrics[key].append(value)
+        self._metrics["frac_groups_skipped"].append(sum(skipped for _, skipped in counted) / len(counted))
+
+    def _measured(self) -> dict[str, float]:
+        """Everything since the last log line; then the count starts again."""
+        sums = self._sums
+        own = torch.tensor([sums.tokens, sums.kl, sums.clipped_low, sums.clipped_high, self._entropy], dtype=torch.float64)
+        tokens, kl, low, high, entropy = self.accelerator.reduce(own.to(self.args.device), reduction="sum").tolist()
+        measured = {key: math.fsum(values) / len(values) for key, values in self._metrics.items()}
+        if tokens:
+            measured |= {
+                "entropy": entropy / tokens,
+                "clip_ratio/low_mean": low / tokens,
+                "clip_ratio/high_mean": high / tokens,
+                "clip_ratio/region_mean": (low + high) / tokens,
+            }
+            if self.objective.beta:
+                measured["kl"] = kl / tokens
+        self._sums, self._entropy = GrpoSums(), 0.0
+        self._metrics.clear()
+        return measured
+
+
+def group_metrics(groups: Sequence[Group]) -> dict[str, float]:
+    """What one set of rollouts says of the policy. Names are TRL's where TRL has one."""
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    totals = [rollout.score.total for rollout in rollouts]
+    lengths = [len(rollout.completion.token_ids) for rollout in rollouts]
+    images = [rollout.score.image_correct for rollout in rollouts if rollout.score.image_correct is not None]
+    by_task: dict[str, list[float]] = defaultdict(list)
+    for rollout in rollouts:
+        by_task[rollout.task].append(rollout.score.total)
+    metrics = {
+        "reward": _mean(totals),
+        "reward_std": _mean([deviation(group.totals) for group in groups]),
+        "frac_reward_zero_std": _mean([float(without_variance(group.totals)) for group in groups]),
+        "iou": _mean([rollout.score.iou for rollout in rollouts]),
+        "unreadable": _mean([float(rollout.score.unreadable is not None) for rollout in rollouts]),
+        "completions/mean_length": _mean(lengths),
+        "completions/max_length": float(max(lengths)),
+        "completions/clipped_ratio": _mean([float(rollout.completion.truncated) for rollout in rollouts]),
+    }
+    for name in rollouts[0].score.parts:
+        values = [rollout.score.parts[name] for rollout in rollouts]
+        metrics |= {f"rewards/{name}/mean": _mean(values), f"rewards/{name}/std": deviation(values)}
+    if images:
+        metrics["image_accuracy"] = _mean(images)
+    return metrics | {f"tasks/{task}/reward": _mean(values) for task, values in sorted(by_task.items())}
+
+
+def difficulty_weight(group: Group) -> float:
+    """exp(1 - mean IoU) of the group, in [1, e]: hard questions pull harder (UniVG-R1)."""
+    return math.exp(1 - _mean([rollout.score.iou for rollout in group.rollouts]))
+
+
+def step_seed(seed: int, step: int) -> int:
+    """The sampling seed of a step: neither what came before nor a resume changes it."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{step}".encode()).digest()[:4], "big") >> 1
+
+
+def groups_per_step(args: Any) -> int:
+    return int(args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size)
+
+
+def train_grpo(
+    loaded: Loaded,
+    examples: Sequence[Example],
+    config: GrpoConfig,
+    *,
+    sampler: Any,
+    ask: Ask,
+    judge: Judge,
+    out: Path,
+    seed: int,
+) -> dict[str, Any]:
+    """Train a fresh adapter on the examples and save it to `out/adapter`; goes on from the last checkpoint there.
+
+    `sampler(loaded)` gives the sampler of a model; it is called with the policy, adapter included.
+    """
+    if not examples:
+        raise DataError(f"{out}: there is no question to train on; run reject and look at its pass rates")
+    model = add_adapter(loaded.model, loaded.family, config, seed=seed)
+    args = training_arguments(config, out, seed=seed, max_steps=1, use_cpu=loaded.device.type == "cpu")
+    args.max_steps = grpo_steps(len(examples), config, per_step=groups_per_step(args))
+    args.warmup_steps = math.ceil(config.warmup_ratio * args.max_steps)
+    family = Remembering(loaded.family)
+    trainer = GrpoTrainer(
+        model,
+        args=args,
+        config=config,
+        examples=examples,
+        family=family,
+        sampler=sampler(replace(loaded, model=model, family=family)),
+        ask=ask,
+        judge=judge,
+        seed=seed,
+    )
+    return {"examples": len(examples), **train(trainer, out, by_step=(ROLLOUTS,))}
+
+
+def grpo_steps(examples: int, config: GrpoConfig, *, per_step: int) -> int:
+    """Optimiser steps: as the recipe says, or one pass over the examples."""
+    if config.max_steps > 0:
+        return config.max_steps
+    return max(1, math.ceil(examples / per_step) * config.num_iterations)
+
+
+def _slim(rollout: Rollout) -> Rollout:
+    # Token ids and log-probabilities are most of the bytes, and nothing reads them again.
+    completion = Completion(text=rollout.completion.text, truncated=rollout.completion.truncated)
+    return replace(rollout, completion=completion)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)

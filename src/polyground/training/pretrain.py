@@ -1,0 +1,307 @@
+"""Pretraining of the tiny base: the vision tower alone on a dense loss, then the whole model on next tokens.
+
+The vision tower is run on a whole batch of equal images at once, which computes what the model's own forward computes image
+by image; everything else is the model's own code.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import Qwen3VLForConditionalGeneration
+from transformers.models.qwen3_vl.modeling_qwen3_vl import apply_rotary_pos_emb_vision
+
+from polyground.geometry import PER_MILLE, iou
+from polyground.training.pretrain_data import CELLS, IGNORED, MERGE, Cells, Encoder, Plan, Rows, Step, patches, steps_ahead
+from polyground.worlds.pretraining import Mix, Sample, find_question
+from polyground.worlds.scenes import COLOURS, SHAPES, SIZES, TEXTURES, render, sample_scene
+
+# Shapes: S images, K patches of an image, D values of a patch, M merged tokens of an image, H width, B rows, T tokens.
+
+_CLASSES = (len(COLOURS), len(SHAPES), len(SIZES), len(TEXTURES))
+_PER_CELL = 1 + sum(_CLASSES) + 4
+
+
+class FastVision:
+    """The model's vision tower over a batch of images of one size."""
+
+    def __init__(self, model: Qwen3VLForConditionalGeneration) -> None:
+        self.tower = model.model.visual
+        half = CELLS // MERGE
+        order = np.arange(CELLS * CELLS).reshape(half, MERGE, half, MERGE).transpose(0, 2, 1, 3).reshape(-1)
+        self._cell = torch.from_numpy(order.copy())
+        rows_columns = torch.stack([self._cell // CELLS, self._cell % CELLS], dim=-1)
+        self._cos, self._sin = self.tower.rotary_pos_emb(torch.zeros(1), rows_columns)
+
+    def __call__(self, pixels_SKD: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Merged tokens [S * M, H] and the deepstack features, each [S * M, H]."""
+        tower = self.tower
+        proj = tower.patch_embed.proj
+        # Both frames of a still image are equal, so the temporal kernel sums up; a linear map is much faster than a
+        # three-dimensional convolution on a CPU.
+        hidden = F.linear(pixels_SKD, proj.weight.sum(2).flatten(1), proj.bias)
+        hidden = hidden + tower.pos_embed.weight[self._cell]
+        deep = []
+        for index, block in enumerate(tower.blocks):
+            hidden = hidden + self._attend(block.attn, block.norm1(hidden))
+            hidden = hidden + block.mlp(block.norm2(hidden))
+            if index in tower.deepstack_visual_indexes:
+                merger = tower.deepstack_merger_list[tower.deepstack_visual_indexes.index(index)]
+                deep.append(merger(hidden.flatten(0, 1)))
+        return tower.merger(hidden.flatten(0, 1)), deep
+
+    def _attend(self, attention: nn.Module, hidden: Tensor) -> Tensor:
+        images, cells, width = hidden.shape
+        q, k, v = attention.qkv(hidden).view(images, cells, 3, attention.num_heads, -1).permute(2, 0, 1, 3, 4)
+        q, k = apply_rotary_pos_emb_vision(q, k, self._cos, self._sin)
+        out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        return attention.proj(out.transpose(1, 2).reshape(images, cells, width))
+
+
+def normalised(pixels_SKD: np.ndarray) -> Tensor:
+    return torch.from_numpy(pixels_SKD).float().div_(127.5).sub_(1.0)
+
+
+def dense_loss(head: nn.Module, merged: Tensor, cells: Cells) -> Tensor:
+    """Is an object's centre in this patch, and then which colour, shape, size, texture and edges; read off the merged tokens."""
+    images = len(cells.present_SK)
+    out = head(merged).float().view(images, -1, _PER_CELL)
+    present = torch.from_numpy(cells.present_SK)
+    loss = F.binary_cross_entropy_with_logits(out[..., 0], present.float()) * 4
+    found, classes, edges = out[present], torch.from_numpy(cells.classes_SK4)[present], torch.from_numpy(cells.edges_SK4)[present]
+    at = 1
+    for column, count in enumerate(_CLASSES):
+        loss = loss + F.cross_entropy(found[:, at : at + count], classes[:, column])
+        at += count
+    return loss + 20 * F.smooth_l1_loss(found[:, at:], edges, beta=0.02)
+
+
+def text_loss(model: Qwen3VLForConditionalGeneration, merged: Tensor, deep: list[Tensor], rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
+    """Summed next-token loss of the learned tokens, with their predictions and labels."""
+    hidden = read(model, merged, deep, rows)
+    labels = torch.from_numpy(rows.labels_BT)[:, 1:]
+    learned = labels != IGNORED
+    logits, wanted = model.lm_head(hidden[:, :-1][learned]).float(), labels[learned]
+    return F.cross_entropy(logits, wanted, reduction="sum"), logits.argmax(-1), wanted
+
+
+def read(model: Qwen3VLForConditionalGeneration, merged: Tensor, deep: list[Tensor], rows: Rows) -> Tensor:
+    """[B, T, H] last hidden states of the rows."""
+    text = model.model.language_model
+    ids = torch.from_numpy(rows.input_ids_BT)
+    embeds = text.embed_tokens(ids)
+    seen = ids == model.config.image_token_id
+    extra: dict[str, Any] = {}
+    if len(rows.images):
+        shown = torch.from_numpy(rows.images)
+
+        def pick(features: Tensor) -> Tensor:
+            return features.view(-1, (CELLS // MERGE) ** 2, features.shape[-1])[shown].flatten(0, 1)
+
+        embeds = embeds.masked_scatter(seen[..., None], pick(merged).to(embeds.dtype))
+        extra = {"visual_pos_masks": seen, "deepstack_visual_embeds": [pick(features) for features in deep]}
+    positions = torch.from_numpy(rows.positions_3BT)
+    return text(inputs_embeds=embeds, position_ids=positions, use_cache=False, **extra).last_hidden_state
+
+
+class Optimisers:
+    """Muon for the weight matrices inside the blocks, AdamW for embeddings, norms, biases and heads."""
+
+    def __init__(self, model: nn.Module, head: nn.Module, *, kind: str, learning_rate: float) -> None:
+        inner, outer = [], []
+        for name, parameter in model.named_parameters():
+            matrix = parameter.ndim == 2 and "embed" not in name and "lm_head" not in name
+            (inner if matrix and kind == "muon" else outer).append(parameter)
+        self.each: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW([*outer, *head.parameters()], lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+        ]
+        if inner:
+            muon = torch.optim.Muon(inner, lr=learning_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+            self.each.append(muon)
+        self.learning_rate = learning_rate
+
+    def step(self, share: float) -> None:
+        """One update at `share` of the peak learning rate."""
+        for optimiser in self.each:
+            for group in optimiser.param_groups:
+                group["lr"] = self.learning_rate * share
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+
+
+def schedule(step: int, steps: int, *, warmup: int) -> float:
+    """Share of the peak learning rate: linear up over `warmup` steps, then linear down to a fiftieth."""
+    return min((step + 1) / warmup, max(0.02, (steps - step) / max(1, steps - warmup)))
+
+
+class HeldOutFinds:
+    """Fixed questions about scenes never trained on, answered with the right tokens fed in (teacher-forced)."""
+
+    def __init__(self, encoder: Encoder, *, count: int, seed: int) -> None:
+        rng = Random(f"held-out/{seed}")
+        scenes = [sample_scene(rng) for _ in range(count)]
+        asked = [find_question(rng, scene) for scene in scenes]
+        self.encoder = encoder
+        self.boxes = [item.box for _, _, item in asked]
+        self.pixels = normalised(np.stack([patches(render(scene)) for scene in scenes]))
+        self.rows = encoder.pad([Sample((k,), prompt, completion) for k, (prompt, completion, _) in enumerate(asked)])
+
+    @torch.no_grad()
+    def accuracy(self, model: Qwen3VLForConditionalGeneration, vision: FastVision) -> float:
+        """Share of the boxes with IoU of at least 0.5."""
+        merged, deep = vision(self.pixels)
+        _, predicted, wanted = text_loss(model, merged, deep, self.rows)
+        per_row = (self.rows.labels_BT[:, 1:] != IGNORED).sum(1).tolist()
+        good = 0
+        for ids, truth in zip(predicted.split(per_row), self.boxes, strict=True):
+            text = self.encoder.decode(ids.tolist())
+            try:
+                numbers = [float(n) for n in text.split("[{\"bbox_2d\": [")[1].split("]")[0].split(",")]
+                good += iou(PER_MILLE.read(numbers), truth) >= 0.5
+            except (ValueError, IndexError):
+                continue
+        return good / len(self.boxes)
+
+
+def save_weights(model: Qwen3VLForConditionalGeneration, folder: Path) -> None:
+    """Replace the folder's weights in one move; they are stored in bfloat16."""
+    from safetensors.torch import save_file
+
+    tensors = {
+        name: value.detach().to(torch.bfloat16).contiguous().clone() for name, value in model.state_dict().items() if name != "lm_head.weight"
+    }
+    new = folder / "model.safetensors.new"
+    save_file(tensors, new, metadata={"format": "pt"})
+    os.replace(new, folder / "model.safetensors")
+
+
+class Trainer:
+    """Everything that changes while training, and where it is kept."""
+
+    def __init__(self, settings: Any, *, model_folder: Path, work: Path) -> None:
+        self.settings, self.model_folder, self.work = settings, model_folder, work
+        torch.manual_seed(settings.seed)
+        self.model = Qwen3VLForConditionalGeneration.from_pretrained(model_folder, dtype=torch.float32, attn_implementation="sdpa")
+        self.model.train()
+        self.vision = FastVision(self.model)
+        self.head = nn.Linear(self.model.config.text_config.hidden_size, MERGE * MERGE * _PER_CELL)
+        self.optimisers = Optimisers(self.model, self.head, kind=settings.optimiser, learning_rate=settings.learning_rate)
+        self.encoder = Encoder(model_folder / "tokenizer.json")
+        self.held_out = HeldOutFinds(self.encoder, count=settings.held_out, seed=settings.seed)
+        self.step, self.samples, self.seconds = 0, 0, 0.0
+        self.curve: list[dict[str, float]] = []
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.work / "last.pt"
+
+    def save(self) -> None:
+        self.work.mkdir(parents=True, exist_ok=True)
+        state = {
+            "model": self.model.state_dict(),
+            "head": self.head.state_dict(),
+            "optimisers": [optimiser.state_dict() for optimiser in self.optimisers.each],
+            "at": (self.step, self.samples, self.seconds),
+            "curve": self.curve,
+        }
+        new = self.checkpoint.with_suffix(".new")
+        torch.save(state, new)
+        os.replace(new, self.checkpoint)
+        save_weights(self.model, self.model_folder)
+        (self.work / "curve.json").write_text(json.dumps(self.curve, indent=1) + "\n")
+
+    def resume(self) -> None:
+        """Go on from the last checkpoint, if there is one."""
+        if not self.checkpoint.exists():
+            return
+        state = torch.load(self.checkpoint, weights_only=True)
+        self.model.load_state_dict(state["model"])
+        self.head.load_state_dict(state["head"])
+        for optimiser, kept in zip(self.optimisers.each, state["optimisers"], strict=True):
+            optimiser.load_state_dict(kept)
+        self.step, self.samples, self.seconds = state["at"]
+        self.curve = state["curve"]
+
+    def learn(self, step: Step, *, seeing_only: bool) -> tuple[float, float]:
+        """Accumulate the gradients of one step; returns the dense loss and the loss per learned token."""
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            merged, deep = self.vision(normalised(step.pixels_SKD))
+            dense = dense_loss(self.head, merged, step.cells)
+        if seeing_only:
+            dense.backward()
+            return dense.item(), 0.0
+        tokens = sum(int((rows.labels_BT[:, 1:] != IGNORED).sum()) for rows in step.parts)
+        # The parts share the images: their gradients with respect to the features are summed before the tower's backward.
+        leaves = [features.detach().requires_grad_() for features in (merged, *deep)]
+        total = 0.0
+        for rows in step.parts:
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                loss, _, _ = text_loss(self.model, leaves[0], leaves[1:], rows)
+            (loss / tokens).backward()
+            total += loss.item()
+        torch.autograd.backward(
+            [self.settings.dense_weight * dense, merged, *deep], [torch.ones(()), *(leaf.grad for leaf in leaves)]
+        )
+        return dense.item(), total / tokens
+
+    def run(self, report: Any = None) -> None:
+        """Train from where it stands to the end, saving now and then."""
+        s = self.settings
+        clock = time.monotonic()
+        saved = clock
+        parameters = [*self.model.parameters(), *self.head.parameters()]
+        for phase, first, last in (("see", 0, s.vision_steps), ("read", s.vision_steps, s.vision_steps + s.steps)):
+            if self.step >= last:
+                continue
+            dense_sum = loss_sum = count = 0.0
+            for step in steps_ahead(self.plan(phase), self.step, last):
+                dense, loss = self.learn(step, seeing_only=phase == "see")
+                torch.nn.utils.clip_grad_norm_([p for p in parameters if p.grad is not None], s.max_grad_norm)
+                self.optimisers.step(schedule(self.step - first, last - first, warmup=s.warmup_steps))
+                self.step += 1
+                self.samples += step.samples
+                dense_sum, loss_sum, count = dense_sum + dense, loss_sum + loss, count + 1
+                now = time.monotonic()
+                self.seconds += now - clock
+                clock = now
+                if self.step % s.logging_steps == 0 or self.step == last:
+                    with torch.autocast("cpu", dtype=torch.bfloat16):
+                        found = self.held_out.accuracy(self.model, self.vision) if phase == "read" else 0.0
+                    self.curve.append(
+                        {
+                            "step": self.step,
+                            "samples": self.samples,
+                            "minutes": round(self.seconds / 60, 2),
+                            "dense_loss": round(dense_sum / count, 4),
+                            "loss": round(loss_sum / count, 4),
+                            "find_accuracy": round(found, 4),
+                        }
+                    )
+                    dense_sum = loss_sum = count = 0.0
+                    if report is not None:
+                        report(self.curve[-1])
+                if now - saved > s.save_seconds:
+                    self.save()
+                    saved = time.monotonic()
+            self.save()
+
+    def plan(self, phase: str) -> Plan:
+        s = self.settings
+        return Plan(
+            tokenizer=self.model_folder / "tokenizer.json",
+            seed=s.seed,
+            scenes=s.vision_scenes if phase == "see" else s.scenes,
+            samples=0 if phase == "see" else s.samples,
+            parts=s.parts,
+            mix=Mix(listing=s.mix_listing, finding=s.mix_finding, several=s.mix_several, text=s.mix_text),
+        )
+

@@ -1,0 +1,153 @@
+"""What both LoRA trainers share: the adapter, the `TrainingArguments`, logs on disk, and resuming at the exact step."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
+
+from polyground.config import TrainingConfig
+from polyground.errors import ConfigError, StorageError
+from polyground.models import Family
+from polyground.storage import RowWriter, atomic_write_text, read_rows
+
+logger = logging.getLogger("polyground")
+
+LOG = "log.jsonl"
+"""One row per log line of the trainer: `step` and what was measured since the one before."""
+
+
+def add_adapter(model: Any, family: Family, config: TrainingConfig, *, seed: int) -> PeftModel:
+    """A fresh LoRA adapter on the language model's linear layers; with it disabled, the model is what it was."""
+    set_seed(seed)
+    model.requires_grad_(False)
+    lora = LoraConfig(
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=family.lora_targets,
+        task_type="CAUSAL_LM",
+    )
+    adapted = get_peft_model(model, lora)
+    if config.gradient_checkpointing:
+        # Hooks the text embedding only: hooking every input would send gradients through the frozen vision tower.
+        family.embedding(adapted).register_forward_hook(lambda _module, _inputs, output: output.requires_grad_(True))
+    return adapted
+
+
+def require_sdpa(model: Any) -> None:
+    """Refuse attention functions that misread the packed mask. `eager` adds a bool mask as numbers, silently wrong."""
+    found = model.config.get_text_config()._attn_implementation
+    if found != "sdpa":
+        raise ConfigError(f"grpo: attention {found!r} cannot train packed groups; load the model with attn_implementation='sdpa'")
+
+
+def training_arguments(config: TrainingConfig, out: Path, *, seed: int, max_steps: int, use_cpu: bool) -> TrainingArguments:
+    """The recipe's knobs in transformers' words."""
+    return TrainingArguments(
+        output_dir=str(out),
+        seed=seed,
+        data_seed=seed,
+        max_steps=max_steps,
+        per_device_train_batch_size=config.per_device_train_batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type=config.lr_scheduler_type,
+        warmup_steps=math.ceil(config.warmup_ratio * max_steps),
+        max_grad_norm=config.max_grad_norm,
+        weight_decay=config.weight_decay,
+        bf16=config.bf16,
+        logging_steps=config.logging_steps,
+        save_steps=config.save_steps,
+        save_total_limit=config.save_total_limit,
+        report_to=list(config.report_to) or "none",
+        gradient_checkpointing=config.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if config.gradient_checkpointing else None,
+        use_cpu=use_cpu,
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+    )
+
+
+class LogRows(TrainerCallback):
+    """Writes every log line of the trainer to a JSON Lines file."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        if state.is_world_process_zero and logs:
+            with RowWriter(self._path) as rows:
+                rows.append({"step": state.global_step, **{key: value for key, value in logs.items() if key != "step"}})
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that was written to its end; a half-written one is passed over."""
+    found = sorted(folder.glob("checkpoint-*"), key=checkpoint_step, reverse=True)
+    return next((path for path in found if _is_whole(path)), None)
+
+
+def checkpoint_step(checkpoint: Path) -> int:
+    number = checkpoint.name.rpartition("-")[2]
+    return int(number) if number.isdigit() else -1
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    # transformers writes the trainer's state last.
+    try:
+        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    needed = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt")
+    return state.get("global_step") == checkpoint_step(checkpoint) and all((checkpoint / name).is_file() for name in needed)
+
+
+def cut_rows(path: Path, *, keep: Callable[[Mapping[str, Any]], bool]) -> None:
+    """Drop the rows of steps that are about to be done again."""
+    if not path.exists():
+        return
+    RowWriter(path).close()  # cuts a torn last line
+    rows = list(read_rows(path))
+    kept = [row for row in rows if keep(row)]
+    if len(kept) < len(rows):
+        atomic_write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+
+
+def train(trainer: Trainer, out: Path, *, by_step: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Train to the end, from the last whole checkpoint under `out` if there is one, and save the adapter to `out/adapter`.
+
+    `by_step` names further files of rows that carry the step (0-based) they were made in. Returns steps and loss.
+    """
+    checkpoint = last_checkpoint(out)
+    done = checkpoint_step(checkpoint) if checkpoint else 0
+    total = trainer.args.max_steps
+    if done > total:
+        raise StorageError(f"{checkpoint}: holds {done} steps, more than max_steps {total}; raise max_steps or delete {out}")
+    if trainer.is_world_process_zero():
+        cut_rows(out / LOG, keep=lambda row: row["step"] <= done)
+        for name in by_step:
+            cut_rows(out / name, keep=lambda row: row["step"] < done)
+    trainer.add_callback(LogRows(out / LOG))
+    if done == total:
+        logger.warning("%s: 0 steps left (all %d are in %s); only the adapter is saved again", out, total, checkpoint)
+        trainer._load_from_checkpoint(str(checkpoint))
+    else:
+        if checkpoint:
+            logger.warning("%s: resuming after step %d of %d", out, done, total)
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    trainer.save_model(str(out / "adapter"))
+    history = [row for row in read_rows(out / LOG) if "loss" in row] if (out / LOG).exists() else []
+    return {"steps": total, "loss": history[-1]["loss"] if history else None}

@@ -1,0 +1,101 @@
+"""Supervised fine-tuning: a LoRA adapter learns whole completions, the prompt is only read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import Trainer
+
+from polyground.batches import collate_completions
+from polyground.config import SftConfig
+from polyground.errors import DataError
+from polyground.losses import IGNORED, completion_loss
+from polyground.models import Loaded, Prompt
+from polyground.records import Message
+from polyground.training.runs import add_adapter, train, training_arguments
+
+# Shapes: B rows, T tokens of the longest row.
+
+
+@dataclass(frozen=True, slots=True)
+class Lesson:
+    """One prompt and the completion to learn."""
+
+    messages: tuple[Message, ...]
+    completion: str
+
+
+class Lessons(Dataset[tuple[Prompt, list[int]]]):
+    """Lessons as tensors, made when asked for: images are read from disk row by row."""
+
+    def __init__(self, lessons: Sequence[Lesson], loaded: Loaded) -> None:
+        self._lessons = lessons
+        self._family = loaded.family
+
+    def __len__(self) -> int:
+        return len(self._lessons)
+
+    def __getitem__(self, index: int) -> tuple[Prompt, list[int]]:
+        lesson = self._lessons[index]
+        return self._family.encode(lesson.messages), list(self._family.completion_ids(lesson.completion))
+
+
+class SftTrainer(Trainer):
+    """transformers' Trainer with the loss on completion tokens, averaged over the whole optimiser batch."""
+
+    def __init__(self, model: Any, *, args: Any, lessons: Lessons, collate: Callable[..., dict[str, Tensor]]) -> None:
+        super().__init__(model=model, args=args, train_dataset=lessons, data_collator=collate)
+        # Makes Trainer count the completion tokens of the optimiser batch, which our loss then divides by.
+        self.model_accepts_loss_kwargs = True
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        labels_BT = inputs.pop("labels")
+        # Logits are needed from the place before the first completion token on; before it stand mostly image tokens.
+        first = int((labels_BT != IGNORED).any(0).nonzero()[0]) - 1
+        keep = torch.arange(first, labels_BT.shape[1] - 1, device=labels_BT.device)
+        outputs = model(**inputs, logits_to_keep=keep, use_cache=False)
+        loss = completion_loss(outputs.logits, labels_BT[:, first + 1 :], tokens=num_items_in_batch)
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            # The count is over all processes, and gradients are averaged over them.
+            loss = loss * self.accelerator.num_processes
+        return (loss, outputs) if return_outputs else loss
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        return 0
+
+
+def train_sft(loaded: Loaded, lessons: Sequence[Lesson], config: SftConfig, *, out: Path, seed: int) -> dict[str, Any]:
+    """Train a fresh adapter on the lessons and save it to `out/adapter`; goes on from the last checkpoint there."""
+    if not lessons:
+        raise DataError(f"{out}: there is nothing to learn from; run synthesize and look at its rejected rows")
+    model = add_adapter(loaded.model, loaded.family, config, seed=seed)
+    args = training_arguments(config, out, seed=seed, max_steps=1, use_cpu=loaded.device.type == "cpu")
+    args.max_steps = sft_steps(len(lessons), config, processes=args.world_size)
+    args.warmup_steps = math.ceil(config.warmup_ratio * args.max_steps)
+
+    def collate(rows: Sequence[tuple[Prompt, Sequence[int]]]) -> dict[str, Tensor]:
+        return collate_completions(rows, pad_token_id=loaded.family.pad_token_id)
+
+    trainer = SftTrainer(model, args=args, lessons=Lessons(lessons, loaded), collate=collate)
+    return {"rows": len(lessons), **train(trainer, out)}
+
+
+def sft_steps(rows: int, config: SftConfig, *, processes: int = 1) -> int:
+    """Optimiser steps: as the recipe says, or from its epochs."""
+    if config.max_steps > 0:
+        return config.max_steps
+    batches = math.ceil(math.ceil(rows / config.per_device_train_batch_size) / processes)
+    return max(1, math.ceil(math.ceil(batches / config.gradient_accumulation_steps) * config.num_train_epochs))

@@ -1,0 +1,120 @@
+"""BLINK and MMIU: choices in letter order, gold letters exact, bad rows named."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from polyground.answer import Answer
+from polyground.errors import DataError
+from polyground.records import Example
+from polyground.sources import READERS, read_source
+from polyground.sources.blink import scan_blink
+from polyground.sources.mmiu import read_options, scan_mmiu
+
+BLINK = {
+    "idx": "val_Jigsaw_1",
+    "question": "Which image fits?",
+    "sub_task": "Jigsaw",
+    "image_1": "1.png",
+    "image_2": {"path": "2.png", "bytes": None},
+    "image_3": None,
+    "image_4": None,
+    "choices": ["the first image", "the second image"],
+    "answer": "(B)",
+    "prompt": "Which image fits?\n(A) the first image\n(B) the second image",
+}
+MMIU = {
+    "task": "image_retrieval",
+    "options": "A: the first image\nB: the second image",
+    "question": "Which image has the cat?",
+    "context": "Select from the following choices.\nA: the first image\nB: the second image",
+    "input_image_path": ["./1.png", "./2.png"],
+    "output": "B",
+}
+
+
+def written(folder: Path, *rows: Any, lines: bool = False) -> Path:
+    path = folder / "rows.json"
+    path.write_text("\n".join(json.dumps(row) for row in rows) if lines else json.dumps(rows))
+    return path
+
+
+@pytest.mark.parametrize("lines", [False, True], ids=["json", "jsonl"])
+@pytest.mark.parametrize(("source", "row", "task"), [("blink", BLINK, "Jigsaw"), ("mmiu", MMIU, "image_retrieval")])
+def test_rows_become_examples_that_survive_json(tmp_path: Path, source: str, row: dict[str, Any], task: str, lines: bool) -> None:
+    [example] = read_source(source, written(tmp_path, row, lines=lines), check_images=False)
+    assert (example.key, example.task) == (f"{source}/{task}/0", task)
+    assert example.images == (tmp_path / "1.png", tmp_path / "2.png")
+    assert example.choices == ("the first image", "the second image")
+    assert example.target == Answer(choice="B")
+    assert example.question == row["question"]
+    assert Example.from_json(json.loads(json.dumps(example.to_json()))) == example
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"answer": "hidden"}, "no_answer"),
+        ({"answer": "(C)"}, "bad_choice"),
+        ({"image_1": None, "image_2": None}, "malformed"),
+        ({"choices": None}, "malformed"),
+        ({}, "duplicate"),
+    ],
+)
+def test_bad_blink_rows(tmp_path: Path, change: dict[str, Any], reason: str) -> None:
+    path = written(tmp_path, BLINK, {**BLINK, **change})
+    assert scan_blink(path).reasons == {reason: 1}
+    with pytest.raises(DataError, match=f"1 {reason}"):
+        read_source("blink", path, check_images=False)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"output": "E"}, "bad_choice"),
+        ({"options": "none"}, "malformed"),
+        ({"input_image_path": []}, "malformed"),
+        ({}, "duplicate"),
+    ],
+)
+def test_bad_mmiu_rows(tmp_path: Path, change: dict[str, Any], reason: str) -> None:
+    assert scan_mmiu(written(tmp_path, MMIU, {**MMIU, **change})).reasons == {reason: 1}
+
+
+def test_what_the_context_adds_is_kept(tmp_path: Path) -> None:
+    row = {**MMIU, "context": "The images show a zoo. " + MMIU["context"]}
+    [example] = read_source("mmiu", written(tmp_path, row), check_images=False)
+    assert example.question == "The images show a zoo.\nWhich image has the cat?"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("A: x\nB: y\n", ("x", "y")),
+        ("A. x\nB) y", ("x", "y")),
+        ("A: x\n  more\nB: y", ("x more", "y")),
+        ("A: I: one\nB: two", ("I: one", "two")),
+    ],
+)
+def test_read_options(text: str, expected: tuple[str, ...]) -> None:
+    assert read_options(text) == expected
+
+
+def test_sub_tasks_are_chosen(tmp_path: Path) -> None:
+    path = written(tmp_path, BLINK, {**BLINK, "sub_task": "Counting"})
+    assert [e.task for e in read_source("blink", path, sub_tasks=["Counting"], check_images=False)] == ["Counting"]
+
+
+def test_an_unknown_source_or_option_lists_the_known_ones(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"did you mean 'blink'\? Known sources: blink, .*mig_bench.*mmiu"):
+        read_source("blnk", tmp_path)
+    with pytest.raises(DataError, match="no option 'image_rot'; its options: images_root"):
+        read_source("mig_bench", tmp_path, image_rot="x")
+
+
+@pytest.mark.parametrize("source", READERS)
+def test_a_missing_file_is_named(tmp_path: Path, source: str) -> None:
+    with pytest.raises(DataError, match="nothing.json"):
+        read_source(source, tmp_path / "nothing.json")

@@ -1,0 +1,147 @@
+import json
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+
+from polyground.errors import DataError
+from polyground.metrics import paired_difference, pass_rates, summarize
+from polyground.records import Completion, Rollout, Score
+
+
+def rollout(
+    example: str, iou: float, *, task: str = "region", image: float | None = 1.0, unreadable: str | None = None, sample: int = 0
+) -> Rollout:
+    score = Score(total=iou, parts={}, iou=iou, image_correct=image, unreadable=unreadable)
+    return Rollout(example=example, task=task, completion=Completion(text="", truncated=iou == 0), score=score, sample=sample)
+
+
+def many(task: str, ious: Sequence[float]) -> list[Rollout]:
+    return [rollout(f"{task}{number}", iou, task=task) for number, iou in enumerate(ious)]
+
+
+FOUR = many("region", [0.2, 0.5, 0.6, 0.9])
+
+
+def test_accuracy_counts_an_iou_at_the_threshold() -> None:
+    task = summarize(FOUR, bootstrap=0).tasks["region"]
+    assert {threshold: estimate.value for threshold, estimate in task.accuracy.items()} == {0.5: 0.75, 0.7: 0.25, 0.3: 0.75}
+    assert task.mean_iou.value == pytest.approx(0.55)
+    assert (task.examples, task.rollouts) == (4, 4)
+
+
+def test_macro_weighs_tasks_and_micro_weighs_examples() -> None:
+    summary = summarize(many("region", [1, 1, 1, 1]) + many("diff", [0]), bootstrap=0)
+    assert list(summary.tasks) == ["diff", "region"]
+    assert summary.macro.accuracy[0.5].value == 0.5
+    assert summary.micro.accuracy[0.5].value == 0.8
+    assert (summary.macro.truncated, summary.micro.truncated) == (0.5, 0.2)
+    assert summary.macro.examples == summary.micro.examples == 5
+
+
+def test_samples_of_one_example_are_averaged_before_examples_are() -> None:
+    rows = [rollout("a", 1.0), rollout("b", 0.0), *(rollout("c", 0.0, sample=n) for n in range(8))]
+    task = summarize(rows, bootstrap=0).tasks["region"]
+    assert task.accuracy[0.5].value == pytest.approx(1 / 3)
+    assert (task.examples, task.rollouts) == (3, 10)
+
+
+def test_image_accuracy_leaves_out_what_is_not_annotated() -> None:
+    rows = [rollout("a", 1.0, image=1.0), rollout("b", 1.0, image=0.0), rollout("c", 1.0, image=None)]
+    rows += [rollout("d", 1.0, image=None, task="diff")]
+    summary = summarize(rows, bootstrap=50)
+    assert summary.tasks["diff"].image_accuracy is None
+    for part in (summary.tasks["region"], summary.macro, summary.micro):
+        assert part.image_accuracy is not None
+        assert part.image_accuracy.value == 0.5
+
+
+def test_unreadable_rates_are_given_by_reason() -> None:
+    rows = [rollout("a", 0, unreadable="missing"), rollout("b", 0, unreadable="inverted"), rollout("c", 1), rollout("d", 1)]
+    summary = summarize([*rows, rollout("e", 1, task="diff")], bootstrap=0)
+    assert summary.tasks["region"].unreadable == {"inverted": 0.25, "missing": 0.25}
+    assert summary.tasks["region"].unreadable_rate == 0.5
+    assert summary.macro.unreadable == {"inverted": 0.125, "missing": 0.125}
+    assert summary.micro.unreadable == pytest.approx({"inverted": 0.2, "missing": 0.2})
+
+
+def test_a_right_letter_is_right_at_every_threshold() -> None:
+    summary = summarize([rollout("a", 1.0, image=None), rollout("b", 0.0, image=None)], bootstrap=0)
+    assert [estimate.value for estimate in summary.macro.accuracy.values()] == [0.5, 0.5, 0.5]
+
+
+def test_bootstrap_intervals_agree_with_the_binomial() -> None:
+    share = summarize(many("region", [1.0] * 60 + [0.0] * 40), bootstrap=4000).macro.accuracy[0.5]
+    half_width = 1.96 * (0.6 * 0.4 / 100) ** 0.5
+    assert share.low == pytest.approx(0.6 - half_width, abs=0.02)
+    assert share.high == pytest.approx(0.6 + half_width, abs=0.02)
+
+
+def test_intervals_are_reproducible_and_do_not_move_when_a_task_is_added() -> None:
+    alone, beside = summarize(FOUR), summarize([*many("diff", [0.1, 0.9]), *FOUR])
+    assert summarize(FOUR) == alone
+    assert beside.tasks["region"] == alone.tasks["region"]
+    assert summarize(FOUR, seed=1).tasks["region"].mean_iou.low != alone.tasks["region"].mean_iou.low
+
+
+def test_no_bootstrap_leaves_the_interval_at_the_mean() -> None:
+    estimate = summarize(FOUR, bootstrap=0).macro.mean_iou
+    assert estimate.low == estimate.high == pytest.approx(estimate.value)
+
+
+def test_an_empty_run_is_refused() -> None:
+    with pytest.raises(DataError, match="no rollouts"):
+        summarize([])
+
+
+def test_summaries_and_differences_are_json() -> None:
+    summary = summarize([*FOUR, rollout("x", 0, task="diff", image=None, unreadable="missing")], bootstrap=20)
+    row = json.loads(json.dumps(summary.to_json(), allow_nan=False))
+    assert row["tasks"]["region"]["accuracy"]["0.5"]["value"] == 0.75
+    assert row["tasks"]["diff"]["image_accuracy"] is None
+    difference = json.loads(json.dumps(paired_difference(FOUR, FOUR, bootstrap=20).to_json(), allow_nan=False))
+    assert difference["macro"]["value"] == 0.0
+
+
+def test_a_model_does_not_differ_from_itself() -> None:
+    difference = paired_difference(FOUR, FOUR)
+    assert (difference.macro.low, difference.macro.high) == (0.0, 0.0)
+    assert (difference.better, difference.worse, difference.p_value, difference.significant) == (0, 0, 1.0, False)
+
+
+def test_the_second_model_better_is_a_positive_difference_macro_averaged() -> None:
+    before = many("region", [0.0] * 30) + many("diff", [0.0] * 10)
+    after = many("region", [1.0] * 15 + [0.0] * 15) + many("diff", [0.0] * 10)
+    difference = paired_difference(before, list(reversed(after)))
+    assert difference.tasks["region"].value == 0.5
+    assert difference.tasks["diff"].value == 0.0
+    assert difference.macro.value == 0.25
+    assert (difference.better, difference.worse, difference.examples) == (15, 0, 40)
+    assert difference.significant
+    assert difference.p_value < 0.01
+    assert paired_difference(after, before).macro.value == -0.25
+
+
+def test_pairing_makes_the_interval_narrower_than_two_separate_ones() -> None:
+    rng = np.random.default_rng(0)
+    ious = rng.random(100)
+    before, after = many("region", ious), many("region", np.minimum(1, ious + 0.05))
+    difference = paired_difference(before, after, measure=lambda row: row.score.iou)
+    separate = summarize(before).macro.mean_iou
+    assert difference.significant
+    assert difference.macro.high - difference.macro.low < (separate.high - separate.low) / 4
+
+
+def test_different_examples_are_refused_and_named() -> None:
+    with pytest.raises(DataError, match=r"4 and 3, 1 only in one \(such as region/region3\)"):
+        paired_difference(FOUR, FOUR[:3])
+    with pytest.raises(DataError, match="0 and 0"):
+        paired_difference([], [])
+
+
+def test_pass_rates_by_example() -> None:
+    groups = [[rollout("a", 0.5), rollout("a", 0.4)], [rollout("b", 0.0)]]
+    assert pass_rates(groups) == {"a": 0.5, "b": 0.0}
+    assert pass_rates(groups, threshold=0.3) == {"a": 1.0, "b": 0.0}
+    with pytest.raises(ValueError, match="one example"):
+        pass_rates([[rollout("a", 1), rollout("b", 1)]])
