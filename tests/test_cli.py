@@ -71,5 +71,7 @@ def test_the_help_of_a_verb_lists_its_keys(capsys: pytest.CaptureFixture[str]) -
 
 
 def test_the_command_line_imports_no_torch() -> None:
-    code = "import sys; from polyground.cli import main; main(['grpo', sys.argv[1], '--dry-run']); assert 'torch' not in sys.modules"
+    code = (
+        "import sys; from polyground.cli import main; main(['grpo', sys.argv[1], '--dry-run']); assert 'torch' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", code, str(SMOKE)], check=True, capture_output=True)

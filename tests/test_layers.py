@@ -33,13 +33,14 @@ HEIGHTS = {
     "batches": 6,
     "sampling": 6,
     "rollout": 7,
-    "training": 7,
-    "stages": 8,
-    "demo": 9,
-    "cli": 10,
-    "__main__": 11,
+    "training": 8,
+    "stages": 9,
+    "demo": 10,
+    "cli": 11,
+    "__main__": 12,
 }
-"""The table of DESIGN.md, with `errors`, which everything may raise, at the bottom."""
+"""The table of CONTRIBUTING.md. `errors`, which everything may raise, is at the bottom; trainers learn from groups, so
+`training` stands above `rollout`."""
 
 MODELS = HEIGHTS["models"]
 HEAVY = {"torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "tokenizers", "trl", "openai", "gradio"}

@@ -267,7 +267,7 @@ def test_a_wrong_number_of_grids_names_the_example() -> None:
         (Score(total=0, parts={}, iou=0.5, image_correct=1.0), 0.5, True),
         (Score(total=0, parts={}, iou=0.5 - 1e-12, image_correct=1.0), 0.5, True),
         (Score(total=9, parts={}, iou=0.4, image_correct=1.0), 0.5, False),
-        (Score(total=0, parts={}, iou=0.6, image_correct=0.5), 0.5, False),
+        (Score(total=0, parts={}, iou=0.6, image_correct=0.0), 0.5, False),
         (Score(total=0, parts={}, iou=0.6), 0.5, True),
         (Score(total=0, parts={}, iou=0.6), 0.7, False),
     ],

@@ -19,7 +19,9 @@ SCORER = Scorer([RewardConfig(name="iou", weight=1.0)])
 
 
 def example(key: str, task: str = "find") -> Example:
-    return Example(key=key, task=task, images=(Path("a.png"), Path("b.png")), question=f"{key}?", target=Answer((Located(2, LEFT),)))
+    return Example(
+        key=key, task=task, images=(Path("a.png"), Path("b.png")), question=f"{key}?", target=Answer((Located(2, LEFT),))
+    )
 
 
 def completion(image: int, box: Box) -> str:
@@ -55,7 +57,16 @@ def groups(keys: str, *, sampler: Recorder, n: int = 2, batch: int = 2, done: fr
     examples = [example(key) for key in keys]
     return list(
         rollout_groups(
-            examples, sampler=sampler, ask=ask, judge=SCORER.score, n=n, temperature=1.0, max_tokens=8, seed=0, batch=batch, done=done
+            examples,
+            sampler=sampler,
+            ask=ask,
+            judge=SCORER.score,
+            n=n,
+            temperature=1.0,
+            max_tokens=8,
+            seed=0,
+            batch=batch,
+            done=done,
         )
     )
 

@@ -28,7 +28,7 @@ def test_a_copy_under_another_name_is_a_leak(images: tuple[Path, Path, Path]) ->
     train, test = [example("train/0", a), example("train/1", b)], [example("test/0", copy, copy)]
     [leak] = find_leaks(train, test)
     assert (leak.first, leak.second) == ("train/0", "test/0")
-    with pytest.raises(DataError, match="'train' and 'test' share 1 images(.|\n)*train/0 and test/0"):
+    with pytest.raises(DataError, match=r"'train' and 'test' share 1 images(.|\n)*train/0 and test/0"):
         require_no_leaks({"train": train, "test": test})
     assert without_leaks(train, test) == [train[1]]
     require_no_leaks({"train": without_leaks(train, test), "test": test})
@@ -41,7 +41,7 @@ def test_duplicates_are_told_by_bytes_and_question(images: tuple[Path, Path, Pat
 
 
 def test_an_unreadable_image_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="gone.png"):
+    with pytest.raises(DataError, match=r"gone\.png"):
         find_leaks([example("0", tmp_path / "gone.png")], [])
 
 

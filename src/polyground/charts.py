@@ -77,7 +77,7 @@ def grouped_bars(
 def interval_strip(series: Mapping[str, Measure], *, width: int = 320, row: int = 24) -> Markup:
     """One dot and interval per name on a shared 0-1 axis."""
     height = row * len(series) + 22
-    frame = Frame(8, 4, width - 16, height - 22, (0.0, 1.0), (0.0, 1.0))
+    frame = Frame(14, 4, width - 30, height - 22, (0.0, 1.0), (0.0, 1.0))
     marks = [
         f'<line class="grid" x1="{frame.x(tick):.1f}" x2="{frame.x(tick):.1f}" y1="{frame.top}" y2="{frame.bottom}"/>'
         + _text(frame.x(tick), height - 5, f"{tick * 100:.0f}")
@@ -107,7 +107,7 @@ def curves(
         return _svg(width, height, [_text(width / 2, height / 2, "no values")], "No values")
     xs, ys = [x for x, _ in points], [y for _, y in points]
     ticks = nice_ticks(min(ys), max(ys))
-    frame = Frame(46, 10, width - 100, height - 46, (min(xs), max(xs)), (min(ticks[0], *ys), max(ticks[-1], *ys)))
+    frame = Frame(46, 10, width - 112, height - 46, (min(xs), max(xs)), (min(ticks[0], *ys), max(ticks[-1], *ys)))
     marks = [_y_axis(frame, ticks=ticks)]
     for tick in nice_ticks(min(xs), max(xs), count=4):
         if frame.x_range[0] <= tick <= frame.x_range[1]:

@@ -107,7 +107,7 @@ def _stage(verb: str, rest: Sequence[str]) -> int:
     overrides = [word for word in rest[1:] if word != "--dry-run"]
     recipe = load_recipe(Path(rest[0]), overrides, section=verb)
     if "--dry-run" in rest:
-        from polyground.stages.plan import plan
+        from polyground.stages.run import plan
 
         print(plan(recipe, verb))
         return 0

@@ -40,8 +40,6 @@ class ModelConfig(Section):
     """Precision the weights are loaded in. bfloat16 halves the memory; on CPU without AVX-512 BF16 it is slow."""
     max_pixels_total: int | None = Field(default=None, ge=1)
     """Pixel budget of one prompt, divided by its image count; null leaves the processor's own limit per image."""
-    trust_remote_code: bool = False
-    """Run Python code found in the model folder. Leave it off unless you have read that code."""
 
 
 class WorldConfig(Section):
@@ -71,7 +69,7 @@ class DataSource(Section):
     path: Path
     """Annotation file or folder; a relative path starts at the working directory."""
     options: dict[str, Any] = {}
-    """Passed to the converter, for example `image_root`."""
+    """Passed to the converter, for example `images_root`."""
 
 
 class DataConfig(Section):
@@ -217,10 +215,10 @@ class RejectConfig(Section):
     """Nucleus of the sampled completions; 1 keeps the whole distribution."""
     max_completion_length: int = Field(default=128, ge=1)
     """Tokens per completion."""
-    min_pass_rate: float = Field(default=0.0, ge=0, lt=1)
-    """Exclusive: 0 drops what never passes."""
-    max_pass_rate: float = Field(default=1.0, gt=0, le=1)
-    """Exclusive: 1 drops what always passes."""
+    min_pass_rate: float | None = Field(default=0.0, ge=0, lt=1)
+    """Exclusive: 0 drops what never passes; null drops nothing."""
+    max_pass_rate: float | None = Field(default=1.0, gt=0, le=1)
+    """Exclusive: 1 drops what always passes; null drops nothing."""
     pass_iou: float = Field(default=0.5, gt=0, le=1)
     """A completion passes when its answer overlaps the annotation at least this much."""
     balance: bool = True
@@ -230,9 +228,14 @@ class RejectConfig(Section):
     batch: int = Field(default=8, ge=1)
     """Questions sampled together."""
 
+    def keeps(self, rate: float) -> bool:
+        """Whether a pass rate lies strictly between the bounds, where there are any."""
+        above = self.min_pass_rate is None or rate > self.min_pass_rate
+        return above and (self.max_pass_rate is None or rate < self.max_pass_rate)
+
     @model_validator(mode="after")
     def _is_a_band(self) -> Self:
-        if self.min_pass_rate >= self.max_pass_rate:
+        if self.min_pass_rate is not None and self.max_pass_rate is not None and self.min_pass_rate >= self.max_pass_rate:
             raise ValueError(f"min_pass_rate {self.min_pass_rate} must be below max_pass_rate {self.max_pass_rate}")
         return self
 
@@ -319,15 +322,6 @@ class ReportConfig(Section):
     """Longer side of a gallery image, in pixels."""
 
 
-class GroundConfig(Section):
-    """One question about images of your own."""
-
-    max_completion_length: int = Field(default=128, ge=1)
-    """Tokens of the answer."""
-    temperature: float = Field(default=0.0, ge=0)
-    """0 gives the most likely answer."""
-
-
 class Recipe(Section):
     """A whole run: what `polyground run RECIPE` does, and what each stage reads its section from."""
 
@@ -354,7 +348,6 @@ class Recipe(Section):
     grpo: GrpoConfig = GrpoConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     report: ReportConfig = ReportConfig()
-    ground: GroundConfig = GroundConfig()
 
     @field_validator("rewards")
     @classmethod

@@ -114,7 +114,8 @@ def grpo_loss(inputs: GrpoInputs, *, objective: Objective, size: BatchSize) -> G
     if objective.beta:
         if inputs.reference_logprobs_GT is None:
             raise ValueError("beta is not 0: the loss needs the reference log-probabilities")
-        kl_GT = k3_divergence(inputs.logprobs_GT, inputs.reference_logprobs_GT)
+        # The ratio is 1 on-policy, but its gradient makes that of the penalty unbiased (DeepSeek-V3.2; TRL's default).
+        kl_GT = k3_divergence(inputs.logprobs_GT, inputs.reference_logprobs_GT) * ratio_GT
         loss_GT = loss_GT + objective.beta * kl_GT
 
     return GrpoLoss(

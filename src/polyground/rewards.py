@@ -313,8 +313,8 @@ def outcome(score: Score, example: Example) -> float:
 
 
 def passed(score: Score, threshold: float = 0.5) -> bool:
-    """True when the answer is right, shaping aside: the IoU reaches the threshold and every image that the annotation
-    knows is named right; or the letter is right."""
+    """True when the answer is fit to learn from, shaping aside: the IoU reaches the threshold and every image that the
+    annotation knows is named right; or the letter is right."""
     return reaches(score.iou, threshold) and score.image_correct in (None, 1.0)
 
 

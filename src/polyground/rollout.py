@@ -12,7 +12,7 @@ from itertools import chain
 
 from polyground.geometry import Grid
 from polyground.records import Completion, Example, Message, Rollout, Score
-from polyground.rewards import passed
+from polyground.rewards import passed, reaches
 from polyground.sampling import Sampler
 
 Ask = Callable[[Example], tuple[Sequence[Message], Sequence[Grid]]]
@@ -41,12 +41,12 @@ class Group:
 
 def is_right(score: Score, *, threshold: float) -> bool:
     """The outcome by the rule of the benchmarks: IoU reaches the threshold; a box that names a wrong image overlaps nothing."""
-    return score.unreadable is None and passed(score, threshold)
+    return score.unreadable is None and reaches(score.iou, threshold)
 
 
 def is_confirmed(score: Score, *, threshold: float) -> bool:
     """Fit to learn from: right, and every image is named where the annotation knows it."""
-    return is_right(score, threshold=threshold) and score.image_correct in (None, 1.0)
+    return score.unreadable is None and passed(score, threshold)
 
 
 def rollout_groups(

@@ -116,5 +116,5 @@ def test_an_unknown_source_or_option_lists_the_known_ones(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("source", READERS)
 def test_a_missing_file_is_named(tmp_path: Path, source: str) -> None:
-    with pytest.raises(DataError, match="nothing.json"):
+    with pytest.raises(DataError, match=r"nothing\.json"):
         read_source(source, tmp_path / "nothing.json")

@@ -156,5 +156,5 @@ def test_examples_survive_json(tmp_path: Path) -> None:
 def test_a_file_that_is_no_annotation_is_named(tmp_path: Path, text: str) -> None:
     path = tmp_path / "broken.json"
     path.write_text(text)
-    with pytest.raises(DataError, match="broken.json"):
+    with pytest.raises(DataError, match=r"broken\.json"):
         read_mig_bench(path)

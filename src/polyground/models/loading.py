@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedModel, Qwen2_5_VLForConditionalGeneration, Qwen3VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -89,7 +90,7 @@ def load_model(
             attn_implementation="sdpa",
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"{folder}: the weights cannot be loaded ({error}); copy the folder again") from error
     if info["missing_keys"]:
         some = ", ".join(sorted(info["missing_keys"])[:3])
@@ -147,7 +148,7 @@ def _with_adapter(model: PreTrainedModel, adapter: Path, *, trainable: bool) -> 
         raise ModelError(f"{adapter}: no adapter_model.safetensors; save the adapter with safetensors")
     try:
         return PeftModel.from_pretrained(model, str(adapter), is_trainable=trainable)
-    except (ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"{adapter}: the adapter does not fit its base model ({error}); train it again on this base") from error
 
 

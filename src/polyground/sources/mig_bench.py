@@ -52,7 +52,7 @@ def read_mig_bench(
 def scan_mig_bench(
     path: str | Path, *, images_root: str | Path | None = None, version: Version | None = None, name: str = "mig_bench"
 ) -> Source:
-    """All rows of an annotation file, the bad ones with their reasons: malformed, inverted, out_of_range, bad_image, duplicate."""
+    """All rows of an annotation, the bad ones with their reasons: malformed, inverted, out_of_range, bad_image, duplicate."""
     path = Path(path)
     rows = load_rows(path)
     version = version or version_of(rows, path)

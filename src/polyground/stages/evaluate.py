@@ -18,8 +18,7 @@ from polyground.metrics import paired_difference, summarize
 from polyground.prompts import PROMPT_VERSION
 from polyground.records import Example, Rollout
 from polyground.rollout import rollout_groups
-from polyground.stages import ROLES, model_path, open_student, track, upstream
-from polyground.stages.inputs import evaluation_splits, read_split, split_identity
+from polyground.stages import ROLES, evaluation_splits, model_path, open_student, read_split, split_identity, track, upstream
 from polyground.storage import RunFolder, atomic_write_json, read_rows
 
 PAIRS = (("base", "sft"), ("sft", "rl"), ("base", "rl"))

@@ -16,9 +16,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from polyground.config import Recipe
 from polyground.errors import ModelError, StorageError
 from polyground.models import Loaded, load_model, model_folder, save_processor_files
 from polyground.records import Message
+from polyground.stages import model_path, require, upstream
+from polyground.storage import MANIFEST, RunFolder
 
 ORIGIN = "merged_from.json"
 """Written into the merged folder: where it came from, the adapter's configuration and the parity check."""
@@ -26,7 +29,33 @@ ORIGIN = "merged_from.json"
 _QUESTION = 'Which image shows the red star? <think>Image 2.</think><answer>[{"image": 2, "bbox_2d": [100, 200, 500, 750]}]'
 
 
-def run(
+ADAPTERS = {"sft": ("base", "sft-merged"), "grpo": ("sft", "grpo-merged")}
+"""By training stage: the role of the model its adapter was trained on, and the folder the merged model goes to."""
+
+
+def run(recipe: Recipe) -> dict[str, Any]:
+    """Merge each adapter there is into the model it was trained on; raises StorageError when there is none yet."""
+    require(recipe, "sft")
+    return {
+        folder: _merge_stage(recipe, stage, role=role, out=recipe.out / folder)
+        for stage, (role, folder) in ADAPTERS.items()
+        if (recipe.out / stage / MANIFEST).is_file()
+    }
+
+
+def _merge_stage(recipe: Recipe, stage: str, *, role: str, out: Path) -> dict[str, Any]:
+    inputs = upstream(recipe, stage) if role == "base" else upstream(recipe, stage, "sft-merged")
+    identity = {"merge": recipe.merge.to_json(), "model": recipe.model.to_json(), "inputs": inputs}
+    if not (out / MANIFEST).is_file():
+        base, adapter = model_path(recipe, role), recipe.out / stage / "adapter"
+        made = merge_adapter(base, adapter, out, tolerance=recipe.merge.tolerance, dtype=recipe.model.dtype)
+        with RunFolder(out, "merge", identity) as folder:
+            folder.finish({name: made[name] for name in ("base", "adapter", "dtype", "tolerance", "max_logprob_difference")})
+    with RunFolder(out, "merge", identity) as folder:
+        return dict(folder.summary)
+
+
+def merge_adapter(
     base_path: str | Path, adapter_path: str | Path, out: str | Path, *, tolerance: float = 1e-3, dtype: str = "float32"
 ) -> dict[str, Any]:
     """Merge and return what `merged_from.json` says; a complete folder of the same base and adapter is left as it is.

@@ -21,29 +21,33 @@ class PretrainConfig(BaseModel):
     """Where checkpoints and the finished model folder (`model/`) go."""
     seed: int = 0
     threads: int = 2
-    """Threads of the trainer; one worker process draws the scenes."""
+    """Sub-batches learned side by side, one core each; one worker process draws the scenes."""
     vision_steps: int = 400
     """Steps of the first phase: the vision tower alone, on the dense loss."""
     vision_scenes: int = 64
     """Scenes of a step of the first phase."""
     steps: int = 2000
     """Steps of the second phase: next tokens, and the dense loss at a small weight."""
-    scenes: int = 40
+    scenes: int = 28
     """Scenes drawn for a step of the second phase, shared by its samples."""
-    samples: int = 48
+    samples: int = 32
     """Samples of a step of the second phase."""
-    parts: int = 2
+    parts: int = 4
     """Sub-batches of a step, by length."""
     mix_listing: float = 0.45
     mix_finding: float = 0.20
-    mix_several: float = 0.28
+    mix_several: float = 0.26
     mix_text: float = 0.07
     optimiser: Literal["muon", "adamw"] = "muon"
     """Muon learns the weight matrices inside the blocks; AdamW everything else, or everything."""
-    learning_rate: float = 2e-3
-    """Peak of both phases."""
+    vision_learning_rate: float = 2e-3
+    """Peak of the first phase."""
+    learning_rate: float = 3e-3
+    """Peak of the second phase."""
+    tower_share: float = 0.1
+    """Share of it for the vision tower, which would otherwise forget the first phase."""
     warmup_steps: int = 30
-    dense_weight: float = 0.1
+    dense_weight: float = 0.3
     """Weight of the dense loss in the second phase."""
     max_grad_norm: float = 1.0
     held_out: int = 64

@@ -17,8 +17,7 @@ from polyground.errors import DataError
 from polyground.prompts import PROMPT_VERSION
 from polyground.records import Completion, Example
 from polyground.rollout import Group, interleave, rollout_groups
-from polyground.stages import open_student, track, upstream
-from polyground.stages.inputs import read_split, split_identity
+from polyground.stages import open_student, read_split, split_identity, track, upstream
 from polyground.storage import RunFolder, atomic_write_text
 
 
@@ -93,7 +92,7 @@ def keep(examples: Sequence[Example], rates: Mapping[str, float], config: Reject
     """
     by_task: dict[str, list[Example]] = defaultdict(list)
     for example in examples:
-        if config.min_pass_rate < rates[example.key] < config.max_pass_rate:
+        if config.keeps(rates[example.key]):
             by_task[example.task].append(example)
     if config.balance and by_task:
         counts = sorted(len(group) for group in by_task.values())

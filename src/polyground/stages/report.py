@@ -30,8 +30,7 @@ from polyground.geometry import Box
 from polyground.metrics import Estimate
 from polyground.records import Example, Rollout
 from polyground.rollout import is_right
-from polyground.stages import ROLES
-from polyground.stages.inputs import read_split
+from polyground.stages import ROLES, read_split
 from polyground.storage import MANIFEST, atomic_write_text, read_json, read_rows
 from polyground.vision import draw_boxes, load_image, to_data_uri
 
@@ -408,19 +407,11 @@ def _percent(share: float) -> str:
 
 def _sft_part(recipe: Recipe) -> Part:
     log = _log(recipe, "sft")
+    validation = {"train": "loss", "validation": "eval_loss"}
     figures = _figures(
         log,
         [
-            (
-                "Loss",
-                "Cross-entropy on the reasoning and the answer, nats per token.",
-                {"train": "loss", "validation": "eval_loss"},
-            ),
-            (
-                "Token accuracy",
-                "Next tokens predicted right, given the true ones before.",
-                {"train": "token_accuracy", "validation": "eval_token_accuracy"},
-            ),
+            ("Loss", "Cross-entropy on the reasoning and the answer, nats per token.", validation),
             ("Learning rate", "Of the adapter.", {"learning rate": "learning_rate"}),
             ("Gradient norm", "Before clipping.", {"gradient norm": "grad_norm"}),
         ],
@@ -433,38 +424,21 @@ def _grpo_part(recipe: Recipe) -> Part:
     log = _log(recipe, "grpo")
     keys = list(dict.fromkeys(key for row in log for key in row))
     parts = {name: key for key in keys if (name := _reward_part(key))}
+    unread = {"unreadable": "unreadable", "cut off": "completions/clipped_ratio"}
     figures = _figures(
         log,
         [
             ("Reward", "Weighted sum of the parts, mean over the rollouts of a step.", {"reward": "reward"}),
             ("Reward parts", "Each in [0, 1], before its weight.", parts),
+            ("Grounding of the rollouts", "Sampled, on training questions.", {"IoU": "iou", "right image": "image_accuracy"}),
             ("KL", "Divergence from the starting policy, nats per token.", {"KL": "kl"}),
             ("Entropy", "Of the policy over its own tokens, nats.", {"entropy": "entropy"}),
-            (
-                "Completion length",
-                "Tokens.",
-                {"mean": _first(keys, "completion_length", "completions/mean_length", "completion_length_mean")},
-            ),
-            (
-                "Groups without variance",
-                "Share of groups whose rewards all agree: they teach nothing.",
-                {"share": _first(keys, "zero_variance", "zero_variance_share", "zero_variance_groups", "frac_reward_zero_std")},
-            ),
-            (
-                "Unreadable and cut off",
-                "Share of completions without a usable answer, and of those that met the token budget.",
-                {
-                    "unreadable": _first(keys, "unreadable", "unreadable_rate"),
-                    "cut off": _first(keys, "truncated", "clipped_ratio"),
-                },
-            ),
-            ("Loss", "The objective that is minimised; its level means little in GRPO.", {"loss": "loss"}),
-            (
-                "Clipped tokens",
-                "Share whose importance ratio left the trust region.",
-                {"clipped": _first(keys, "clip_fraction", "clip_ratio", "clipped")},
-            ),
+            ("Completion length", "Tokens, mean over the rollouts of a step.", {"tokens": "completions/mean_length"}),
+            ("Groups without variance", "Share whose rewards all agree: they teach nothing.", {"share": "frac_reward_zero_std"}),
+            ("Unreadable and cut off", "Share without a usable answer; share that met the token budget.", unread),
+            ("Clipped tokens", "Share whose importance ratio left the trust region.", {"share": "clip_ratio/region_mean"}),
             ("Gradient norm", "Before clipping.", {"gradient norm": "grad_norm"}),
+            ("Loss", "What is minimised; its level says little in GRPO.", {"loss": "loss"}),
         ],
     )
     absent = "No training log yet: run `polyground grpo` with this recipe."
@@ -474,15 +448,11 @@ def _grpo_part(recipe: Recipe) -> Part:
 def _reward_part(key: str) -> str:
     """The reward's name in a log key, or nothing.
 
-    >>> _reward_part("reward/iou"), _reward_part("rewards/format/mean"), _reward_part("reward")
-    ('iou', 'format', '')
+    >>> _reward_part("rewards/iou/mean"), _reward_part("rewards/iou/std"), _reward_part("reward")
+    ('iou', '', '')
     """
-    found = re.fullmatch(r"(?:rewards?|parts?)[/_](\w+?)(?:/mean)?", key)
-    return "" if found is None or found[1] in {"std", "mean", "max", "min"} else found[1]
-
-
-def _first(keys: Sequence[str], *names: str) -> str:
-    return next((name for name in names if name in keys), names[0])
+    found = re.fullmatch(r"rewards/(.+)/mean", key)
+    return "" if found is None else found[1]
 
 
 def _figures(log: Sequence[Mapping[str, Any]], wanted: Sequence[tuple[str, str, Mapping[str, str]]]) -> list[Figure]:
@@ -526,8 +496,7 @@ def _pass_rates(recipe: Recipe) -> Figure | None:
     for rate, count in summary["pass_rates"].items():
         counts[round(float(rate) * samples)] += count
     columns = [(f"{passed}/{samples}", counts[passed]) for passed in range(samples + 1)]
-    low, high = config.min_pass_rate, config.max_pass_rate
-    inside = [label for passed, (label, _) in enumerate(columns) if low < passed / samples < high]
+    inside = [label for passed, (label, _) in enumerate(columns) if config.keeps(passed / samples)]
     caption = (
         f"Right answers among {samples} samples of each of {summary['asked']} questions. {summary['kept']} go on to "
         "reinforcement learning, from inside the band; the pale columns are outside it."
@@ -653,8 +622,9 @@ def _drawn(model: str, box: Box, width: int, height: int) -> Drawn:
     x0, y0, x1, y1 = box.to_pixels(width=width, height=height)
     right, below = _CORNERS[model]
     stroke, dash = _STROKES[model]
-    plate = 6.2 * len(LABELS[model]) + 8
-    x = x1 - plate if right else x0
+    plate = 6.9 * len(LABELS[model]) + 8
+    middle = (x0 + x1) / 2
+    x = max(x1 - plate, middle) if right else min(x0, middle - plate)
     y = y1 + 1 if below else y0 - 15
     return Drawn(
         model=model,
@@ -729,7 +699,7 @@ def _notes(models: Sequence[str]) -> list[str]:
 
 
 def _timing(recipe: Recipe) -> list[tuple[str, str]]:
-    seconds = {stage: manifest["seconds"] for stage in STAGES if "seconds" in (manifest := _manifest(recipe, stage))}
+    seconds = {stage: float(manifest["seconds"]) for stage in STAGES if "seconds" in (manifest := _manifest(recipe, stage))}
     rows = [(stage, spoken_time(value)) for stage, value in seconds.items()]
     return [*rows, ("together", spoken_time(sum(seconds.values())))] if rows else []
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from polyground.answer import write_completion
 from polyground.config import Recipe
-from polyground.models import Family
 from polyground.prompts import PROMPT_VERSION, student_messages
 from polyground.records import Example, answer_from_json
 from polyground.stages import best_device, model_path, upstream
 from polyground.storage import RunFolder, read_rows
+
+if TYPE_CHECKING:
+    from polyground.models import Family
+    from polyground.training.sft import Lesson
 
 
 def run(recipe: Recipe) -> Mapping[str, Any]:
@@ -42,7 +45,7 @@ def run(recipe: Recipe) -> Mapping[str, Any]:
         return folder.finish({**summary, "seconds": folder.seconds}).summary
 
 
-def _lesson(row: Mapping[str, Any], family: Family, *, instruction: str) -> Any:
+def _lesson(row: Mapping[str, Any], family: Family, *, instruction: str) -> Lesson:
     from polyground.training.sft import Lesson
 
     example = Example.from_json(row)

@@ -9,19 +9,24 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from enum import StrEnum
+from random import Random
 from typing import Any
 
 from polyground.answer import Answer, Located, follows_contract, reasoning_of
 from polyground.config import Recipe, SynthesizeConfig
-from polyground.errors import DataError
-from polyground.prompts import PROMPT_VERSION
-from polyground.records import Example, Rollout, answer_to_json
+from polyground.errors import ConfigError, DataError
+from polyground.geometry import PER_MILLE, Grid
+from polyground.prompts import PROMPT_VERSION, teacher_messages
+from polyground.records import Example, Message, Rollout, answer_to_json
+from polyground.rewards import Scorer
 from polyground.rollout import Group, is_confirmed, rollout_groups
-from polyground.stages import track
-from polyground.stages.inputs import read_split, split_identity
-from polyground.stages.teachers import open_teacher
+from polyground.sampling import Sampler, sample_seed
+from polyground.sampling.scripted import ScriptedSampler
+from polyground.stages import own_splits, read_split, scenes_path, split_identity, track
 from polyground.storage import RunFolder
+from polyground.worlds.teacher import read_scene_rows, row_of, scripted_completion
 
 
 class Dropped(StrEnum):
@@ -60,8 +65,8 @@ def run(recipe: Recipe) -> Mapping[str, Any]:
         groups = rollout_groups(
             examples,
             sampler=teacher.sampler,
-            ask=teacher.ask,
-            judge=teacher.scorer.score,
+            ask=ask_teacher,
+            judge=Scorer(recipe.rewards).score,
             n=config.samples_per_example,
             temperature=config.temperature,
             max_tokens=config.max_completion_length,
@@ -75,6 +80,57 @@ def run(recipe: Recipe) -> Mapping[str, Any]:
         if not summary["kept"]:
             raise DataError(f"{folder.path}: the teacher's answers were all dropped ({summary['dropped']}); see rejected.jsonl")
         return folder.finish(summary).summary
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Teacher:
+    """Who reasons: scripted from the facts of the simulated world, or a model behind a server."""
+
+    name: str
+    """Provenance, written to every row."""
+    sampler: Sampler
+    batch: int
+    """Questions asked at once."""
+
+
+def open_teacher(recipe: Recipe, split: str, examples: Sequence[Example]) -> Teacher:
+    """The recipe's teacher for the examples of a split."""
+    sampler, name, batch = _scripted(recipe, split, examples) if recipe.synthesize.teacher == "scripted" else _endpoint(recipe)
+    return Teacher(name=name, sampler=sampler, batch=batch)
+
+
+def ask_teacher(example: Example) -> tuple[Sequence[Message], Sequence[Grid]]:
+    """The annotation is hidden. Boxes are asked for per-mille, whatever the teacher's own convention: the prompt says so."""
+    grids = [PER_MILLE] * len(example.images)
+    return teacher_messages(example, grids), grids
+
+
+def _scripted(recipe: Recipe, split: str, examples: Sequence[Example]) -> tuple[Sampler, str, int]:
+    if split in own_splits(recipe):
+        raise ConfigError(
+            "synthesize.teacher is scripted, which knows the simulated world only; for data of your own set "
+            "synthesize.teacher to endpoint, with synthesize.teacher_base_url and synthesize.teacher_model"
+        )
+    rows = read_scene_rows(scenes_path(recipe, split))
+    by_key: Mapping[str, Example] = {example.key: example for example in examples}
+    rate = recipe.synthesize.error_rate
+
+    def script(key: str, sample: int, seed: int) -> str:
+        example = by_key[key]
+        rng = Random(sample_seed(seed, key, sample))
+        return scripted_completion(row_of(example, rows), example, [PER_MILLE] * len(example.images), rng, error_rate=rate)
+
+    return ScriptedSampler(script), "scripted", 32
+
+
+def _endpoint(recipe: Recipe) -> tuple[Sampler, str, int]:
+    from polyground.sampling.endpoint import EndpointSampler
+
+    config = recipe.synthesize
+    if config.teacher_base_url is None or config.teacher_model is None:
+        raise ConfigError("synthesize.teacher: endpoint needs teacher_base_url and teacher_model")
+    sampler = EndpointSampler(config.teacher_base_url, config.teacher_model, api_key_env=config.api_key_env)
+    return sampler, config.teacher_model, 16
 
 
 def _keep_or_drop(folder: RunFolder, group: Group, *, config: SynthesizeConfig, origin: Mapping[str, Any]) -> None:

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from polyground.config import Recipe
-from polyground.stages.inputs import world_splits
+from polyground.stages import world_splits
 from polyground.storage import RunFolder
 from polyground.worlds.build import SPLITS, build_world
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -63,7 +64,9 @@ class FastVision:
         images, cells, width = hidden.shape
         q, k, v = attention.qkv(hidden).view(images, cells, 3, attention.num_heads, -1).permute(2, 0, 1, 3, 4)
         q, k = apply_rotary_pos_emb_vision(q, k, self._cos, self._sin)
-        out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        # At these sizes plain matrix products beat the CPU's flash kernel, above all backward.
+        out = (q @ k.transpose(2, 3) * attention.scaling).softmax(-1) @ v
         return attention.proj(out.transpose(1, 2).reshape(images, cells, width))
 
 
@@ -116,24 +119,27 @@ def read(model: Qwen3VLForConditionalGeneration, merged: Tensor, deep: list[Tens
 class Optimisers:
     """Muon for the weight matrices inside the blocks, AdamW for embeddings, norms, biases and heads."""
 
-    def __init__(self, model: nn.Module, head: nn.Module, *, kind: str, learning_rate: float) -> None:
-        inner, outer = [], []
+    def __init__(self, model: nn.Module, head: nn.Module, *, kind: str, tower_share: float) -> None:
+        groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
         for name, parameter in model.named_parameters():
-            matrix = parameter.ndim == 2 and "embed" not in name and "lm_head" not in name
-            (inner if matrix and kind == "muon" else outer).append(parameter)
-        self.each: list[torch.optim.Optimizer] = [
-            torch.optim.AdamW([*outer, *head.parameters()], lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
-        ]
-        if inner:
-            muon = torch.optim.Muon(inner, lr=learning_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
-            self.each.append(muon)
-        self.learning_rate = learning_rate
+            # The mergers are the largest matrices and few: orthogonalising them costs more than it gains.
+            matrix = parameter.ndim == 2 and (".blocks." in name or ".layers." in name)
+            # The dense loss does not reach the deepstack mergers: they start with the text model.
+            tower = "visual" in name and "deepstack" not in name
+            groups.setdefault((matrix and kind == "muon", tower), []).append(parameter)
+        groups[(False, True)].extend(head.parameters())
 
-    def step(self, share: float) -> None:
-        """One update at `share` of the peak learning rate."""
+        def shared(inner: bool) -> list[dict[str, Any]]:
+            return [{"params": found, "share": tower_share if tower else 1.0} for (i, tower), found in groups.items() if i == inner]
+
+        self.each: list[torch.optim.Optimizer] = [torch.optim.AdamW(shared(False), betas=(0.9, 0.98), weight_decay=0.01)]
+        if kind == "muon":
+            self.each.append(torch.optim.Muon(shared(True), weight_decay=0.01, adjust_lr_fn="match_rms_adamw"))
+
+    def step(self, learning_rate: float) -> None:
         for optimiser in self.each:
             for group in optimiser.param_groups:
-                group["lr"] = self.learning_rate * share
+                group["lr"] = learning_rate * group["share"]
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
 
@@ -165,7 +171,7 @@ class HeldOutFinds:
         for ids, truth in zip(predicted.split(per_row), self.boxes, strict=True):
             text = self.encoder.decode(ids.tolist())
             try:
-                numbers = [float(n) for n in text.split("[{\"bbox_2d\": [")[1].split("]")[0].split(",")]
+                numbers = [float(n) for n in text.split('[{"bbox_2d": [')[1].split("]")[0].split(",")]
                 good += iou(PER_MILLE.read(numbers), truth) >= 0.5
             except (ValueError, IndexError):
                 continue
@@ -190,15 +196,19 @@ class Trainer:
     def __init__(self, settings: Any, *, model_folder: Path, work: Path) -> None:
         self.settings, self.model_folder, self.work = settings, model_folder, work
         torch.manual_seed(settings.seed)
-        self.model = Qwen3VLForConditionalGeneration.from_pretrained(model_folder, dtype=torch.float32, attn_implementation="sdpa")
+        self.model = Qwen3VLForConditionalGeneration.from_pretrained(model_folder, dtype=torch.float32, attn_implementation="eager")
         self.model.train()
         self.vision = FastVision(self.model)
         self.head = nn.Linear(self.model.config.text_config.hidden_size, MERGE * MERGE * _PER_CELL)
-        self.optimisers = Optimisers(self.model, self.head, kind=settings.optimiser, learning_rate=settings.learning_rate)
+        self.optimisers = self._fresh_optimisers(1.0)
+        self.pool = ThreadPoolExecutor(settings.threads, initializer=lambda: torch.set_num_threads(1))
         self.encoder = Encoder(model_folder / "tokenizer.json")
         self.held_out = HeldOutFinds(self.encoder, count=settings.held_out, seed=settings.seed)
         self.step, self.samples, self.seconds = 0, 0, 0.0
         self.curve: list[dict[str, float]] = []
+
+    def _fresh_optimisers(self, tower_share: float) -> Optimisers:
+        return Optimisers(self.model, self.head, kind=self.settings.optimiser, tower_share=tower_share)
 
     @property
     def checkpoint(self) -> Path:
@@ -226,7 +236,8 @@ class Trainer:
         state = torch.load(self.checkpoint, weights_only=True)
         self.model.load_state_dict(state["model"])
         self.head.load_state_dict(state["head"])
-        for optimiser, kept in zip(self.optimisers.each, state["optimisers"], strict=True):
+        at_the_turn = state["at"][0] == self.settings.vision_steps
+        for optimiser, kept in () if at_the_turn else zip(self.optimisers.each, state["optimisers"], strict=True):
             optimiser.load_state_dict(kept)
         self.step, self.samples, self.seconds = state["at"]
         self.curve = state["curve"]
@@ -242,12 +253,15 @@ class Trainer:
         tokens = sum(int((rows.labels_BT[:, 1:] != IGNORED).sum()) for rows in step.parts)
         # The parts share the images: their gradients with respect to the features are summed before the tower's backward.
         leaves = [features.detach().requires_grad_() for features in (merged, *deep)]
-        total = 0.0
-        for rows in step.parts:
+
+        def learn_part(rows: Rows) -> float:
             with torch.autocast("cpu", dtype=torch.bfloat16):
                 loss, _, _ = text_loss(self.model, leaves[0], leaves[1:], rows)
             (loss / tokens).backward()
-            total += loss.item()
+            return loss.item()
+
+        # Longest first. Each thread computes on one core: its small operations leave two of them half idle.
+        total = sum(self.pool.map(learn_part, reversed(step.parts)))
         torch.autograd.backward(
             [self.settings.dense_weight * dense, merged, *deep], [torch.ones(()), *(leaf.grad for leaf in leaves)]
         )
@@ -259,14 +273,18 @@ class Trainer:
         clock = time.monotonic()
         saved = clock
         parameters = [*self.model.parameters(), *self.head.parameters()]
-        for phase, first, last in (("see", 0, s.vision_steps), ("read", s.vision_steps, s.vision_steps + s.steps)):
+        whole = s.vision_steps + s.steps
+        phases = (("see", 0, s.vision_steps, s.vision_learning_rate), ("read", s.vision_steps, whole, s.learning_rate))
+        for phase, first, last, peak in phases:
             if self.step >= last:
                 continue
+            if self.step == first:
+                self.optimisers = self._fresh_optimisers(1.0 if phase == "see" else s.tower_share)
             dense_sum = loss_sum = count = 0.0
             for step in steps_ahead(self.plan(phase), self.step, last):
                 dense, loss = self.learn(step, seeing_only=phase == "see")
                 torch.nn.utils.clip_grad_norm_([p for p in parameters if p.grad is not None], s.max_grad_norm)
-                self.optimisers.step(schedule(self.step - first, last - first, warmup=s.warmup_steps))
+                self.optimisers.step(peak * schedule(self.step - first, last - first, warmup=s.warmup_steps))
                 self.step += 1
                 self.samples += step.samples
                 dense_sum, loss_sum, count = dense_sum + dense, loss_sum + loss, count + 1

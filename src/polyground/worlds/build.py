@@ -115,9 +115,9 @@ def _complete(folder: Path, plan: SplitPlan, *, size: int, seed: int) -> bool:
         return False
     about = read_json(folder / _ABOUT)
     if (about.get("questions"), about.get("seed")) != (size, seed):
+        found = f"{about.get('questions')} questions of seed {about.get('seed')}"
         raise StorageError(
-            f"{folder}: holds {about.get('questions')} questions of seed {about.get('seed')}, but {size} of seed {seed} are asked for; "
-            "delete the folder or choose another"
+            f"{folder}: holds {found}, but {size} of seed {seed} are asked for; delete the folder or choose another"
         )
     return True
 

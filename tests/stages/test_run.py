@@ -1,0 +1,54 @@
+"""The whole figure on a toy model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from polyground.cli import main
+from polyground.stages.run import completed
+from polyground.storage import read_json
+
+FOLDERS = {
+    "world",
+    "synthesize",
+    "sft",
+    "sft-merged",
+    "reject",
+    "grpo",
+    "grpo-merged",
+    "evaluate/base",
+    "evaluate/sft",
+    "evaluate/rl",
+}
+
+
+def test_every_stage_leaves_a_complete_folder_and_a_report(finished: Path) -> None:
+    assert completed(finished) == FOLDERS
+    assert (finished / "report.html").stat().st_size > 10_000
+
+
+def test_time_and_memory_of_every_stage_are_kept(finished: Path) -> None:
+    rows = read_json(finished / "times.json")
+    assert [name.split()[1] for name in rows] == [
+        "world", "synthesize", "sft", "merge", "reject", "grpo", "merge", "evaluate", "report",
+    ]  # fmt: skip
+    assert all(row["peak_bytes"] > 2**20 for row in rows.values())
+
+
+def test_a_complete_run_is_not_done_again(toy: Path, finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {path: path.stat().st_mtime_ns for path in finished.glob("**/*.safetensors")}
+    assert main(["run", str(toy / "recipe.yaml")]) == 0
+    assert {path: path.stat().st_mtime_ns for path in finished.glob("**/*.safetensors")} == before
+    shown = capsys.readouterr()
+    assert "nothing left to do" in shown.err
+    assert "accuracy at IoU 0.5" in shown.out
+    assert "report:" in shown.out
+
+
+def test_a_changed_recipe_is_refused_by_the_key_that_changed(
+    toy: Path, finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["run", str(toy / "recipe.yaml"), "--sft.learning_rate", "5e-4"]) == 2
+    assert "sft.learning_rate" in capsys.readouterr().err
