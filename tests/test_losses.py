@@ -104,7 +104,11 @@ def test_k3_is_zero_for_equal_and_positive_for_different_probabilities() -> None
     [
         pytest.param("none", [[-0.5, 0.5], [0.0, 0.0]], id="none"),
         pytest.param("group", [[-0.5 / (math.sqrt(0.5) + 1e-4), 0.5 / (math.sqrt(0.5) + 1e-4)], [0.0, 0.0]], id="group"),
-        pytest.param("batch", [[-0.5 / (deviation([0, 1, 0.1, 0.1]) + 1e-4), 0.5 / (deviation([0, 1, 0.1, 0.1]) + 1e-4)], [0, 0]], id="batch"),
+        pytest.param(
+            "batch",
+            [[-0.5 / (deviation([0, 1, 0.1, 0.1]) + 1e-4), 0.5 / (deviation([0, 1, 0.1, 0.1]) + 1e-4)], [0, 0]],
+            id="batch",
+        ),
     ],
 )
 def test_advantages(scale: str, expected: list[list[float]]) -> None:

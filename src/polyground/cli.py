@@ -131,14 +131,13 @@ def _pretrain(path: Path, options: Sequence[str]) -> int:
 
 
 def _verb_help(verb: str) -> str:
-    if verb == "pretrain":
-        from polyground.stages.pretrain import PretrainConfig as Recipe
-    else:
-        from polyground.config import Recipe
+    from polyground.config import Recipe
+    from polyground.stages.pretrain import PretrainConfig
 
     lines = [f"usage: polyground {verb} RECIPE [--key value …] [--dry-run]", "", STAGES[verb], ""]
     field = Recipe.model_fields.get(verb)
-    section = _model_of(field.annotation) if field is not None else Recipe
+    whole = PretrainConfig if verb == "pretrain" else Recipe
+    section: Any = whole if field is None else _model_of(field.annotation)
     lines.append(f"keys of section {verb!r}:" if field is not None else "keys of the recipe:")
     for name, info in section.model_fields.items():
         default = "required" if info.is_required() else f"default {info.get_default(call_default_factory=True)!r}"

@@ -22,7 +22,9 @@ class Babbler:
     """Ragged completions that depend on the seed and the key only, whatever the model."""
 
     def sample(self, prompts, *, n, temperature, top_p=1.0, max_tokens, seed, keys=None):
-        return [[self._one(random.Random(sample_seed(seed, key, sample)), max_tokens) for sample in range(n)] for key in keys or ()]
+        return [
+            [self._one(random.Random(sample_seed(seed, key, sample)), max_tokens) for sample in range(n)] for key in keys or ()
+        ]
 
     def _one(self, rng: random.Random, max_tokens: int) -> Completion:
         ids = tuple(rng.randrange(64, 90) for _ in range(rng.randint(1, max_tokens)))

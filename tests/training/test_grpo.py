@@ -33,13 +33,13 @@ def adapter(out: Path) -> dict[str, torch.Tensor]:
     return load_file(out / "adapter" / "adapter_model.safetensors")
 
 
-class Killed(Exception):
+class KilledError(Exception):
     """Stands for a kill: nothing catches it."""
 
 
 def kill_in_step_4(self: object, args: object, state: TrainerState, control: object, **_: object) -> None:
     if state.global_step == 4:
-        raise Killed
+        raise KilledError
 
 
 @pytest.mark.parametrize("changes", [{}, {"num_iterations": 3, "beta": 0.0}], ids=["one-iteration", "three-iterations"])
@@ -49,7 +49,7 @@ def test_a_killed_run_goes_on_to_the_very_same_weights_and_rows(
     learn(toy_folder, examples, tmp_path / "whole", **changes)
     with monkeypatch.context() as patch:
         patch.setattr("polyground.training.runs.LogRows.on_pre_optimizer_step", kill_in_step_4)
-        with pytest.raises(Killed):
+        with pytest.raises(KilledError):
             learn(toy_folder, examples, tmp_path / "killed", **changes)
     (tmp_path / "killed" / "checkpoint-5").mkdir()  # begun, never finished
     learn(toy_folder, examples, tmp_path / "killed", **changes)
@@ -79,7 +79,17 @@ def test_nothing_left_to_do_is_said_and_the_adapter_saved_again(
 def test_the_log_shows_the_parts(toy_folder: Path, examples: list[Example], tmp_path: Path) -> None:
     learn(toy_folder, examples, tmp_path, max_steps=2, beta=0.04)
     row = next(read_rows(tmp_path / "log.jsonl"))
-    expected = {"step", "loss", "reward", "reward_std", "frac_reward_zero_std", "rewards/early/mean", "entropy", "kl", "unreadable"}
+    expected = {
+        "step",
+        "loss",
+        "reward",
+        "reward_std",
+        "frac_reward_zero_std",
+        "rewards/early/mean",
+        "entropy",
+        "kl",
+        "unreadable",
+    }
     expected |= {"completions/mean_length", "image_accuracy", "frac_groups_skipped", "clip_ratio/region_mean"}
     assert expected <= row.keys()
     assert row["kl"] == pytest.approx(0, abs=1e-5)
@@ -102,7 +112,7 @@ def test_groups_without_variance_are_skipped_only_where_that_is_exact(
 
 def test_skipping_changes_the_cost_and_not_the_weights(toy_folder: Path, examples: list[Example], tmp_path: Path) -> None:
     def half(completion: Completion, example: Example, grids: object) -> Score:
-        return constant(completion, example, grids) if example.key == "e2" else judge(completion, example, grids)
+        return Score(total=0.5, parts={"early": 0.5}) if example.key == "e2" else judge(completion, example, grids)
 
     for skip in (True, False):
         learn(

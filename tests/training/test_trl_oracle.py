@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from stand_ins import Babbler, ask
 from peft import LoraConfig
+from stand_ins import Babbler, ask
 from torch import Tensor
 
 from polyground.batches import PackedGroup, pack_group

@@ -81,5 +81,6 @@ def run(config: PretrainConfig, report: Any = None) -> dict[str, Any]:
     trainer = Trainer(config, model_folder=folder, work=config.out)
     trainer.resume()
     trainer.run(report)
-    (config.out / "tiny-base.json").write_text(json.dumps({"recipe": config.model_dump(mode="json"), "curve": trainer.curve}, indent=1) + "\n")
+    record = {"recipe": config.model_dump(mode="json", exclude={"out"}), "curve": trainer.curve}
+    (config.out / "tiny-base.json").write_text(json.dumps(record, indent=1) + "\n")
     return trainer.curve[-1] if trainer.curve else {}

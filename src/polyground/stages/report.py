@@ -32,7 +32,7 @@ from polyground.records import Example, Rollout
 from polyground.rollout import is_right
 from polyground.stages import ROLES, read_split
 from polyground.storage import MANIFEST, atomic_write_text, read_json, read_rows
-from polyground.vision import draw_boxes, load_image, to_data_uri
+from polyground.vision import load_image, to_data_uri
 
 HEADINGS = {"test": "Multi-image grounding, in domain", "ood": "Grounding, out of domain", "perception": "Multi-image perception"}
 """Of the evaluation splits; the first word of a split's name decides (`ood_lisa` is out of domain)."""
@@ -742,9 +742,7 @@ def _compose(example: Example, rollouts: Mapping[str, Rollout], *, side: int = 4
     located = _boxes(example, rollouts)
     panels = []
     for number, path in enumerate(example.images, start=1):
-        boxes = [(box, LABELS[model], PAINT[model]) for model, image, box in located if image == number]
-        panel = draw_boxes(load_image(path), boxes, min_side=side)
-        panels.append(panel.resize((round(panel.width * side / panel.height), side), Image.Resampling.LANCZOS))
+        panels.append(_panel(path, [(model, box) for model, image, box in located if image == number], side=side))
     width = max(900, sum(panel.width for panel in panels) + gap * (len(panels) + 1))
     large, small = ImageFont.load_default(size=26), ImageFont.load_default(size=19)
     question = _lines(shown_question(example), large, width - 2 * gap)
@@ -770,6 +768,26 @@ def _compose(example: Example, rollouts: Mapping[str, Rollout], *, side: int = 4
             y += 27
         y += 8
     return sheet
+
+
+def _panel(path: Path, boxes: Sequence[tuple[str, Box]], *, side: int) -> Image.Image:
+    """One image at this height with its boxes, laid out as on the page and twice as large."""
+    image = load_image(path)
+    panel = image.resize((round(image.width * side / image.height), side), Image.Resampling.LANCZOS)
+    draw, font = ImageDraw.Draw(panel), ImageFont.load_default(size=20)
+    for model, box in boxes:
+        drawn = _drawn(model, box, panel.width // 2, side // 2)
+        x, y, plate_x, plate_y = (2 * n for n in (drawn.x, drawn.y, drawn.label_x, drawn.label_y))
+        corners = (x, y, x + 2 * drawn.width, y + 2 * drawn.height)
+        # The annotation lies under the answers, so it is drawn wider: a box that agrees with it leaves a green rim.
+        rim = 6 if model == "truth" else 0
+        outer = (corners[0] - rim, corners[1] - rim, corners[2] + rim, corners[3] + rim)
+        draw.rectangle((outer[0] - 2, outer[1] - 2, outer[2] + 2, outer[3] + 2), outline="white", width=8 + rim)
+        draw.rectangle(outer, outline=PAINT[model], width=4 + rim)
+        plate = (plate_x, plate_y, plate_x + 2 * drawn.label_width, plate_y + 28)
+        draw.rounded_rectangle(plate, radius=5, fill=PAINT[model])
+        draw.text(((plate[0] + plate[2]) / 2, plate_y + 14), LABELS[model], fill="white", font=font, anchor="mm")
+    return panel
 
 
 def _line(rollout: Rollout) -> str:

@@ -40,8 +40,7 @@ from polyground.models import Family, ImageFeatures, Loaded, Prompt
 from polyground.records import Completion, Example, Message, Rollout
 from polyground.rollout import Ask, Group, Judge, rollout_groups
 from polyground.sampling import Sampler
-from polyground.storage import RowWriter
-from polyground.training.runs import add_adapter, require_sdpa, train, training_arguments
+from polyground.training.runs import add_adapter, append_rows, require_sdpa, train, training_arguments
 
 # Shapes: G completions of one prompt, T tokens of the longest of them, N all their tokens laid end to end.
 
@@ -317,9 +316,7 @@ class GrpoTrainer(Trainer):
         if self.args.world_size > 1:
             rows, counted = gather_object(rows), gather_object(counted)
         if self.is_world_process_zero():
-            with RowWriter(Path(self.args.output_dir) / ROLLOUTS) as writer:
-                for row in rows:
-                    writer.append(row)
+            append_rows(Path(self.args.output_dir) / ROLLOUTS, rows)
         for key, value in group_metrics([group for group, _ in counted]).items():
             self._metrics[key].append(value)
         self._metrics["frac_groups_skipped"].append(sum(skipped for _, skipped in counted) / len(counted))

@@ -7,7 +7,6 @@ by image; everything else is the model's own code.
 from __future__ import annotations
 
 import json
-import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import Qwen3VLForConditionalGeneration
 from transformers.models.qwen3_vl.modeling_qwen3_vl import apply_rotary_pos_emb_vision
@@ -88,13 +88,13 @@ def dense_loss(head: nn.Module, merged: Tensor, cells: Cells) -> Tensor:
     return loss + 20 * F.smooth_l1_loss(found[:, at:], edges, beta=0.02)
 
 
-def text_loss(model: Qwen3VLForConditionalGeneration, merged: Tensor, deep: list[Tensor], rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
-    """Summed next-token loss of the learned tokens, with their predictions and labels."""
+def text_loss(model: Qwen3VLForConditionalGeneration, merged: Tensor, deep: list[Tensor], rows: Rows) -> tuple[Tensor, Tensor]:
+    """Summed next-token loss of the learned tokens, and the tokens predicted in their place, row after row."""
     hidden = read(model, merged, deep, rows)
     labels = torch.from_numpy(rows.labels_BT)[:, 1:]
     learned = labels != IGNORED
     logits, wanted = model.lm_head(hidden[:, :-1][learned]).float(), labels[learned]
-    return F.cross_entropy(logits, wanted, reduction="sum"), logits.argmax(-1), wanted
+    return F.cross_entropy(logits, wanted, reduction="sum"), logits.argmax(-1)
 
 
 def read(model: Qwen3VLForConditionalGeneration, merged: Tensor, deep: list[Tensor], rows: Rows) -> Tensor:
@@ -130,7 +130,7 @@ class Optimisers:
         groups[(False, True)].extend(head.parameters())
 
         def shared(inner: bool) -> list[dict[str, Any]]:
-            return [{"params": found, "share": tower_share if tower else 1.0} for (i, tower), found in groups.items() if i == inner]
+            return [{"params": found, "share": tower_share if t else 1.0} for (i, t), found in groups.items() if i == inner]
 
         self.each: list[torch.optim.Optimizer] = [torch.optim.AdamW(shared(False), betas=(0.9, 0.98), weight_decay=0.01)]
         if kind == "muon":
@@ -165,7 +165,7 @@ class HeldOutFinds:
     def accuracy(self, model: Qwen3VLForConditionalGeneration, vision: FastVision) -> float:
         """Share of the boxes with IoU of at least 0.5."""
         merged, deep = vision(self.pixels)
-        _, predicted, wanted = text_loss(model, merged, deep, self.rows)
+        _, predicted = text_loss(model, merged, deep, self.rows)
         per_row = (self.rows.labels_BT[:, 1:] != IGNORED).sum(1).tolist()
         good = 0
         for ids, truth in zip(predicted.split(per_row), self.boxes, strict=True):
@@ -180,14 +180,14 @@ class HeldOutFinds:
 
 def save_weights(model: Qwen3VLForConditionalGeneration, folder: Path) -> None:
     """Replace the folder's weights in one move; they are stored in bfloat16."""
-    from safetensors.torch import save_file
-
     tensors = {
-        name: value.detach().to(torch.bfloat16).contiguous().clone() for name, value in model.state_dict().items() if name != "lm_head.weight"
+        name: value.detach().to(torch.bfloat16).contiguous().clone()
+        for name, value in model.state_dict().items()
+        if name != "lm_head.weight"  # tied to the embeddings
     }
     new = folder / "model.safetensors.new"
     save_file(tensors, new, metadata={"format": "pt"})
-    os.replace(new, folder / "model.safetensors")
+    new.replace(folder / "model.safetensors")
 
 
 class Trainer:
@@ -196,7 +196,9 @@ class Trainer:
     def __init__(self, settings: Any, *, model_folder: Path, work: Path) -> None:
         self.settings, self.model_folder, self.work = settings, model_folder, work
         torch.manual_seed(settings.seed)
-        self.model = Qwen3VLForConditionalGeneration.from_pretrained(model_folder, dtype=torch.float32, attn_implementation="eager")
+        self.model = Qwen3VLForConditionalGeneration.from_pretrained(
+            model_folder, dtype=torch.float32, attn_implementation="eager"
+        )
         self.model.train()
         self.vision = FastVision(self.model)
         self.head = nn.Linear(self.model.config.text_config.hidden_size, MERGE * MERGE * _PER_CELL)
@@ -225,7 +227,7 @@ class Trainer:
         }
         new = self.checkpoint.with_suffix(".new")
         torch.save(state, new)
-        os.replace(new, self.checkpoint)
+        new.replace(self.checkpoint)
         save_weights(self.model, self.model_folder)
         (self.work / "curve.json").write_text(json.dumps(self.curve, indent=1) + "\n")
 
@@ -256,7 +258,7 @@ class Trainer:
 
         def learn_part(rows: Rows) -> float:
             with torch.autocast("cpu", dtype=torch.bfloat16):
-                loss, _, _ = text_loss(self.model, leaves[0], leaves[1:], rows)
+                loss, _ = text_loss(self.model, leaves[0], leaves[1:], rows)
             (loss / tokens).backward()
             return loss.item()
 
@@ -322,4 +324,3 @@ class Trainer:
             parts=s.parts,
             mix=Mix(listing=s.mix_listing, finding=s.mix_finding, several=s.mix_several, text=s.mix_text),
         )
-

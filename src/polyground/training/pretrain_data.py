@@ -83,7 +83,8 @@ def label_cells(scenes: list[Scene]) -> Cells:
             k = cell_index(row, column)
             cx, cy = (column + 0.5) / CELLS, (row + 0.5) / CELLS
             present[s, k] = True
-            classes[s, k] = (COLOURS.index(item.colour), SHAPES.index(item.shape), SIZES.index(item.size), TEXTURES.index(item.texture))
+            words = ((COLOURS, item.colour), (SHAPES, item.shape), (SIZES, item.size), (TEXTURES, item.texture))
+            classes[s, k] = [bank.index(word) for bank, word in words]
             edges[s, k] = (item.box.x0 - cx, item.box.y0 - cy, item.box.x1 - cx, item.box.y1 - cy)
     return Cells(present_SK=present, classes_SK4=classes, edges_SK4=edges)
 
@@ -93,9 +94,9 @@ class Encoder:
 
     def __init__(self, tokenizer: Path) -> None:
         self._tokenizer = Tokenizer.from_file(str(tokenizer))
-        self.image_id = self._tokenizer.token_to_id("<|image_pad|>")
-        self.end_id = self._tokenizer.token_to_id("<|im_end|>")
-        self.pad_id = self._tokenizer.token_to_id("<|endoftext|>")
+        self.image_id, self.end_id, self.pad_id = (
+            self.ids(token)[0] for token in ("<|image_pad|>", "<|im_end|>", "<|endoftext|>")
+        )
 
     def ids(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids

@@ -35,7 +35,8 @@ VOCABULARY = 1024
 # Digits stand alone, so that a coordinate is read and written figure by figure; the fixed pieces of the answer forms are
 # one token each, which makes a box some sixteen tokens long.
 _PIECES = (
-    r'"\}, \{"bbox_2d": \[|\[\{"bbox_2d": \[|\{"bbox_2d": \[|\], "label": "|\[\{"image": |\{"image": |, "bbox_2d": \[|"\}\]|\]\}\]|\]\}, '
+    r'"\}, \{"bbox_2d": \[|\[\{"bbox_2d": \[|\{"bbox_2d": \[|\], "label": "|\[\{"image": |\{"image": |, "bbox_2d": \[|"\}\]|'
+    r"\]\}\]|\]\}, "
     r"|, (?=\p{N})| ?\p{L}+|\p{N}|\n| ?[^\s\p{L}\p{N}]|\s+"
 )
 
@@ -66,12 +67,16 @@ def train_tokenizer(*, seed: int, texts: int = 20_000) -> PreTrainedTokenizerFas
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(_PIECES), behavior="isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        [
+            pre_tokenizers.Split(Regex(_PIECES), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     words = [*COLOURS, *SHAPES, *SIZES, *TEXTURES]
     spelled = [f"{word} {word}" for word in words for _ in range(200)]
-    lines = [*islice(language.corpus(random.Random(seed)), texts), *spelled, *(t for t in language.every_template() for _ in range(50))]
+    templates = [template for template in language.every_template() for _ in range(50)]
+    lines = [*islice(language.corpus(random.Random(seed)), texts), *spelled, *templates]
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY - len(SPECIAL_TOKENS) - len(ADDED_TOKENS),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),

@@ -51,7 +51,8 @@ def native_list(items: Sequence[Item], labels: Sequence[str]) -> str:
     >>> native_list([Item("star", "red", "small", "plain", Box(0.1, 0.2, 0.3, 0.4))], ["small red star"])
     '[{"bbox_2d": [100, 200, 300, 400], "label": "small red star"}]'
     """
-    return json.dumps([{"bbox_2d": list(PER_MILLE.write(item.box)), "label": label} for item, label in zip(items, labels, strict=True)])
+    rows = [{"bbox_2d": list(PER_MILLE.write(item.box)), "label": label} for item, label in zip(items, labels, strict=True)]
+    return json.dumps(rows)
 
 
 def find_question(rng: Random, scene: Scene) -> tuple[str, str, Item]:

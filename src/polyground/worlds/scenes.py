@@ -131,7 +131,9 @@ def sample_look(rng: Random, *, pairs: Pairs = "seen", sizes: Sequence[str] = SI
     return Look(shape, colour, rng.choice(list(sizes)), rng.choices(TEXTURES, (0.6, 0.2, 0.2))[0])
 
 
-def sample_looks(rng: Random, count: int, *, pairs: Pairs = "seen", avoid: Sequence[Look] = (), likeness: float = 0.35) -> list[Look]:
+def sample_looks(
+    rng: Random, count: int, *, pairs: Pairs = "seen", avoid: Sequence[Look] = (), likeness: float = 0.35
+) -> list[Look]:
     """`count` different looks, none of them in `avoid`; at most two are large.
 
     With chance `likeness` a look borrows the colour, the shape or both of an earlier one, so that phrases need telling apart.
@@ -207,7 +209,8 @@ def _sample_clutter(rng: Random, count: int) -> tuple[Stroke, ...]:
         x, y, turn = rng.random(), rng.random(), rng.random() * 2 * math.pi
         length = rng.choice((0.0, rng.uniform(0.05, 0.25)))
         ends = (x, y, x + length * math.cos(turn), y + length * math.sin(turn))
-        strokes.append(Stroke(*(round(min(1.0, max(0.0, end)), 4) for end in ends), grey=rng.randint(120, 190)))
+        x0, y0, x1, y1 = (round(min(1.0, max(0.0, end)), 4) for end in ends)
+        strokes.append(Stroke(x0, y0, x1, y1, rng.randint(120, 190)))
     return tuple(strokes)
 
 
