@@ -61,7 +61,7 @@ def test_a_misspelt_key_is_refused_by_name(tmp_path: Path) -> None:
 
 def test_a_stopped_pretraining_goes_on_where_it_was(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
-    small = ("vision_steps", "logging_steps", "threads", "parts", "vision_scenes", "scenes", "samples", "held_out")
+    small = ("vision_steps", "logging_steps", "threads", "parts", "vision_scenes", "scenes", "samples", "held_out", "measured")
     text = f"out: {tmp_path / 'out'}\n" + "".join(f"{key}: {1 + (at > 3)}\n" for at, key in enumerate(small))
     recipe.write_text(text + "steps: 1\n")
     assert run(load_config(recipe))["step"] == 2

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from random import Random
+from statistics import mean
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from polyground.answer import Answer, read_answer
 from polyground.errors import ConfigError
+from polyground.geometry import PER_MILLE, Box, iou
+from polyground.records import Message
+from polyground.worlds.scenes import describe, render, sample_scene
 
 
 class PretrainConfig(BaseModel):
@@ -52,6 +59,8 @@ class PretrainConfig(BaseModel):
     max_grad_norm: float = 1.0
     held_out: int = 64
     """Held-out questions watched while training."""
+    measured: int = 200
+    """Held-out questions of each kind answered freely at the end."""
     logging_steps: int = 50
     save_seconds: int = 180
 
@@ -81,6 +90,50 @@ def run(config: PretrainConfig, report: Any = None) -> dict[str, Any]:
     trainer = Trainer(config, model_folder=folder, work=config.out)
     trainer.resume()
     trainer.run(report)
-    record = {"recipe": config.model_dump(mode="json", exclude={"out"}), "curve": trainer.curve}
+    measured = measure(folder, count=config.measured, seed=config.seed)
+    record = {"recipe": config.model_dump(mode="json", exclude={"out"}), "measured": measured, "curve": trainer.curve}
     (config.out / "tiny-base.json").write_text(json.dumps(record, indent=1) + "\n")
-    return trainer.curve[-1] if trainer.curve else {}
+    return {**trainer.curve[-1], **measured} if trainer.curve else measured
+
+
+def measure(folder: Path, *, count: int, seed: int) -> dict[str, float]:
+    """Share of objects found at IoU of at least 0.5, answering freely and greedily, on scenes never trained on.
+
+    `one_image`: find an object in one image; `unseen_pair`: the same, of a colour-shape pair never trained on; `one_of_three`:
+    find an object in the image of three that the question names, as in pretraining.
+    """
+    from polyground.models import load_model
+    from polyground.sampling.local import LocalSampler
+
+    sampler = LocalSampler(load_model(folder))
+    rng = Random(f"measure/{seed}")
+    shares = {}
+    with TemporaryDirectory() as drawn:
+        for kind, images in (("one_image", 1), ("unseen_pair", 1), ("one_of_three", 3)):
+            asked = [_finding(rng, Path(drawn) / f"{kind}-{k}", images, unseen=kind == "unseen_pair") for k in range(count)]
+            answers = sampler.sample([messages for messages, _ in asked], n=1, temperature=0.0, max_tokens=64, seed=seed)
+            shares[kind] = round(mean(_found(one.text, truth) for [one], (_, truth) in zip(answers, asked, strict=True)), 4)
+    return shares
+
+
+def _finding(rng: Random, stem: Path, images: int, *, unseen: bool) -> tuple[list[Message], Box]:
+    """A conversation that asks for one object, and where it lies."""
+    scenes = [sample_scene(rng, pairs="held_out" if unseen else "seen") for _ in range(images)]
+    paths = [stem.with_name(f"{stem.name}-{n}.png") for n in range(1, images + 1)]
+    for scene, path in zip(scenes, paths, strict=True):
+        render(scene).save(path)
+    n = rng.randint(1, images)
+    scene = scenes[n - 1]
+    item = rng.choice([item for item in scene.items if item.look.held_out == unseen])
+    phrase = describe(item, scene)
+    if images == 1:
+        return [Message("user", (paths[0], f"\nFind the {phrase}."))], item.box
+    parts: list[str | Path] = []
+    for k, path in enumerate(paths, start=1):
+        parts += [f"Image {k}: ", path, "\n"]
+    return [Message("user", (*parts[:-1], f"\nFind the {phrase} in image {n}."))], item.box
+
+
+def _found(text: str, truth: Box) -> bool:
+    answer = read_answer(text, [PER_MILLE], native="qwen_json")
+    return isinstance(answer, Answer) and bool(answer.boxes) and iou(answer.boxes[0].box, truth) >= 0.5

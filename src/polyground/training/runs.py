@@ -11,7 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers import (
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
 
 from polyground.config import TrainingConfig
 from polyground.errors import ConfigError, StorageError
@@ -95,6 +106,56 @@ class LogRows(TrainerCallback):
                 rows.append({"step": state.global_step, **{key: value for key, value in logs.items() if key != "step"}})
 
 
+class ProgressBar(TrainerCallback):
+    """One bar on standard error with the latest figures; where that is no terminal, a line for about every tenth of the run."""
+
+    SHOWN = ("loss", "reward", "iou", "frac_reward_zero_std")
+    """Logged values worth watching, where a trainer has them."""
+
+    def __init__(self, description: str) -> None:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        self._console = Console(stderr=True)
+        self._progress = Progress(*columns, TextColumn("{task.fields[figures]}"), console=self._console)
+        self._task = self._progress.add_task(description, total=None, figures="")
+        self._description = description
+        self._tenth = -1
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._progress.update(self._task, total=state.max_steps, completed=state.global_step)
+        if self._shown(state):
+            self._progress.start()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._progress.update(self._task, completed=state.global_step)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        figures = "  ".join(f"{name} {float(logs[name]):.3f}" for name in self.SHOWN if logs and name in logs)
+        self._progress.update(self._task, figures=figures)
+        tenth = 10 * state.global_step // max(1, state.max_steps)
+        if state.is_world_process_zero and not self._console.is_terminal and figures and tenth > self._tenth:
+            self._console.print(f"{self._description}: step {state.global_step} of {state.max_steps}  {figures}", highlight=False)
+            self._tenth = tenth
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._progress.stop()
+
+    def _shown(self, state: TrainerState) -> bool:
+        return self._console.is_terminal and state.is_world_process_zero
+
+
 def last_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint that was written to its end; a half-written one is passed over."""
     found = sorted(folder.glob("checkpoint-*"), key=checkpoint_step, reverse=True)
@@ -155,6 +216,9 @@ def train(trainer: Trainer, out: Path, *, by_step: tuple[str, ...] = ()) -> dict
         for name in by_step:
             cut_rows(out / name, keep=lambda row: row["step"] < done)
     trainer.add_callback(LogRows(out / LOG))
+    trainer.remove_callback(ProgressCallback)
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(ProgressBar(out.name))
     if done == total:
         logger.warning("%s: 0 steps left (all %d are in %s); only the adapter is saved again", out, total, checkpoint)
         trainer._load_from_checkpoint(str(checkpoint))

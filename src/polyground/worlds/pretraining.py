@@ -109,7 +109,7 @@ def sample_step(rng: Random, *, scenes: int, samples: int, mix: Mix) -> tuple[li
                 prompt, completion, _ = find_question(rng, drawn[shown])
                 made.append(Sample((shown,), prompt, completion))
             case "several":
-                shown_all = tuple(rng.sample(range(scenes), rng.choices((2, 3, 4), (0.4, 0.4, 0.2))[0]))
+                shown_all = tuple(rng.sample(range(scenes), min(scenes, rng.choices((2, 3, 4), (0.4, 0.4, 0.2))[0])))
                 made.append(Sample(shown_all, *_about_several(rng, [drawn[k] for k in shown_all])))
             case "text":
                 made.append(Sample((), "", next(texts)))
