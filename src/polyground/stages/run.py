@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -81,9 +82,9 @@ def results_table(recipe: Recipe, results: Mapping[str, Any]) -> Table:
     models = results["models"]
     pairs = [pair for pair in ("sft-base", "rl-sft", "rl-base") if all(role in models for role in pair.split("-"))]
     title = f"{recipe.name}: accuracy at IoU {threshold} in percent, macro over tasks, 95 % intervals"
-    table = Table(title=title, title_justify="left")
-    table.add_column("split")
-    table.add_column("n", justify="right")
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("split", no_wrap=True)
+    table.add_column("n", justify="right", no_wrap=True)
     for role in models:
         table.add_column(_LABELS[role], justify="right")
     for pair in pairs:
@@ -97,11 +98,11 @@ def results_table(recipe: Recipe, results: Mapping[str, Any]) -> Table:
 
 
 def _percent(estimate: Mapping[str, float]) -> str:
-    return f"{100 * estimate['value']:.1f} [dim]{100 * estimate['low']:.1f}-{100 * estimate['high']:.1f}[/dim]"
+    return f"{100 * estimate['value']:.1f}\n[dim]{100 * estimate['low']:.0f}-{100 * estimate['high']:.0f}[/dim]"
 
 
 def _points(estimate: Mapping[str, float]) -> str:
-    text = f"{100 * estimate['value']:+.1f} [dim]{100 * estimate['low']:+.1f}…{100 * estimate['high']:+.1f}[/dim]"
+    text = f"{100 * estimate['value']:+.1f}\n[dim]{100 * estimate['low']:+.0f}…{100 * estimate['high']:+.0f}[/dim]"
     if estimate["low"] > 0:
         return f"[green]{text}[/green]"
     return f"[red]{text}[/red]" if estimate["high"] < 0 else text
