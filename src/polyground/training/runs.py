@@ -146,7 +146,9 @@ class ProgressBar(TrainerCallback):
         self._progress.update(self._task, figures=figures)
         tenth = 10 * state.global_step // max(1, state.max_steps)
         if state.is_world_process_zero and not self._console.is_terminal and figures and tenth > self._tenth:
-            self._console.print(f"{self._description}: step {state.global_step} of {state.max_steps}  {figures}", highlight=False)
+            self._console.print(
+                f"{self._description}: step {state.global_step} of {state.max_steps}  {figures}", highlight=False, soft_wrap=True
+            )
             self._tenth = tenth
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
