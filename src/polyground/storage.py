@@ -68,11 +68,10 @@ def atomic_write_text(path: Path | str, text: str) -> None:
                 file.flush()
                 os.fsync(file.fileno())
             draft.replace(path)
-        except BaseException:
-            # Suppressed so that the first mishap is the one reported.
+        finally:
+            # Gone already when all went well; suppressed so that the first mishap is the one reported.
             with suppress(OSError):
                 draft.unlink(missing_ok=True)
-            raise
         _sync_folder(path.parent)
 
 

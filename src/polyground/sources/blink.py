@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from polyground.answer import Answer
 from polyground.records import Example
-from polyground.sources.reading import BadRow, OnBad, RowError, Source, examples_of, field_of, load_rows, require_images
+from polyground.sources.reading import OnBad, RowError, Source, examples_of, field_of, require_images, scan_choices
 
 _LETTER = re.compile(r"\(?([A-Z])\)?\.?")
 _IMAGE_FIELDS = ("image_1", "image_2", "image_3", "image_4")
@@ -40,25 +39,7 @@ def read_blink(
 
 def scan_blink(path: str | Path, *, images_root: str | Path | None = None, name: str = "blink") -> Source:
     """All rows of a file, the bad ones with their reasons: malformed, no_answer, bad_choice, duplicate."""
-    path = Path(path)
-    root = path.parent if images_root is None else Path(images_root)
-    positions: Counter[str] = Counter()
-    examples, bad, seen = [], [], set()
-    for number, row in enumerate(load_rows(path), start=1):
-        task = str(row.get("sub_task")) if isinstance(row, dict) else "?"
-        key = f"{name}/{task}/{positions[task]}"
-        positions[task] += 1
-        try:
-            example = _read_row(row, key, root)
-            identity = (task, example.images, example.question, example.choices)
-            if identity in seen:
-                raise RowError("duplicate", "an earlier row asks the same question about the same images")
-        except RowError as error:
-            bad.append(BadRow(number, key, error.reason, str(error)))
-        else:
-            seen.add(identity)
-            examples.append(example)
-    return Source(tuple(examples), tuple(bad))
+    return scan_choices(path, images_root=images_root, name=name, task_field="sub_task", read_row=_read_row)
 
 
 def _read_row(row: Any, key: str, root: Path) -> Example:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 from polyground.answer import Answer
 from polyground.records import Example
 from polyground.sources.blink import read_letter
-from polyground.sources.reading import BadRow, OnBad, RowError, Source, examples_of, field_of, load_rows, require_images
+from polyground.sources.reading import OnBad, RowError, Source, examples_of, field_of, require_images, scan_choices
 
 _OPTION = re.compile(r"^\s*([A-Z])\s*[:.)]\s*(.*?)\s*$")
 _SELECT = re.compile(r"\s*select from the following choices\.?\s*", re.IGNORECASE)
@@ -39,25 +38,7 @@ def read_mmiu(
 
 def scan_mmiu(path: str | Path, *, images_root: str | Path | None = None, name: str = "mmiu") -> Source:
     """All rows of a file, the bad ones with their reasons: malformed, no_answer, bad_choice, duplicate."""
-    path = Path(path)
-    root = path.parent if images_root is None else Path(images_root)
-    positions: Counter[str] = Counter()
-    examples, bad, seen = [], [], set()
-    for number, row in enumerate(load_rows(path), start=1):
-        task = str(row.get("task")) if isinstance(row, dict) else "?"
-        key = f"{name}/{task}/{positions[task]}"
-        positions[task] += 1
-        try:
-            example = _read_row(row, key, root)
-            identity = (task, example.images, example.question, example.choices)
-            if identity in seen:
-                raise RowError("duplicate", "an earlier row asks the same question about the same images")
-        except RowError as error:
-            bad.append(BadRow(number, key, error.reason, str(error)))
-        else:
-            seen.add(identity)
-            examples.append(example)
-    return Source(tuple(examples), tuple(bad))
+    return scan_choices(path, images_root=images_root, name=name, task_field="task", read_row=_read_row)
 
 
 def _read_row(row: Any, key: str, root: Path) -> Example:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -99,3 +99,36 @@ def field_of(row: Any, name: str, kind: type | tuple[type, ...]) -> Any:
     if not isinstance(value, kind):
         raise RowError("malformed", f"field {name!r} is missing or of the wrong kind: {value!r}")
     return value
+
+
+def scan_choices(
+    path: str | Path,
+    *,
+    images_root: str | Path | None,
+    name: str,
+    task_field: str,
+    read_row: Callable[[Any, str, Path], Example],
+) -> Source:
+    """All rows of a multiple-choice file. `read_row` makes a row, its key `name/task/position` and the image root an example.
+
+    Beside the reasons of `read_row`'s RowErrors, a repeated question is left out as `duplicate`.
+    """
+    path = Path(path)
+    root = path.parent if images_root is None else Path(images_root)
+    positions: Counter[str] = Counter()
+    examples, bad, seen = [], [], set()
+    for number, row in enumerate(load_rows(path), start=1):
+        task = str(row.get(task_field)) if isinstance(row, dict) else "?"
+        key = f"{name}/{task}/{positions[task]}"
+        positions[task] += 1
+        try:
+            example = read_row(row, key, root)
+            identity = (task, example.images, example.question, example.choices)
+            if identity in seen:
+                raise RowError("duplicate", "an earlier row asks the same question about the same images")
+        except RowError as error:
+            bad.append(BadRow(number, key, error.reason, str(error)))
+        else:
+            seen.add(identity)
+            examples.append(example)
+    return Source(tuple(examples), tuple(bad))
