@@ -19,6 +19,7 @@ HEIGHTS = {
     "answer": 1,
     "records": 2,
     "config": 3,
+    "conventions": 3,
     "storage": 3,
     "charts": 4,
     "metrics": 4,

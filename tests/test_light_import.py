@@ -12,6 +12,7 @@ LIGHT = [
     "answer",
     "records",
     "config",
+    "conventions",
     "storage",
     "sources",
     "rewards",
