@@ -227,3 +227,24 @@ def test_the_contract_is_one_thought_and_one_answer(text: str, expected: bool) -
 def test_an_answer_that_names_no_image_of_the_prompt_cannot_be_written(image: int | None) -> None:
     with pytest.raises(ValueError, match="image"):
         write_answer(Answer((Located(image, BOX),)), TWO)
+
+
+@pytest.mark.parametrize(
+    ("said", "kept"),
+    [
+        ({}, 1.0),
+        ({"confidence": 0.25}, 0.25),
+        ({"score": 0.5}, 0.5),
+        ({"confidence": 7}, 1.0),
+        ({"confidence": -1}, 0.0),
+        ({"confidence": "high"}, 1.0),
+        ({"confidence": True}, 1.0),
+        ({"confidence": float("nan")}, 1.0),
+    ],
+)
+def test_a_box_carries_the_confidence_it_was_given(said: dict[str, object], kept: float) -> None:
+    rows = [{"image": 1, "bbox_2d": [0, 0, 500, 500], **said}]
+    answer = read_answer(f"<answer>{json.dumps(rows)}</answer>", [PER_MILLE])
+    assert isinstance(answer, Answer)
+    assert answer.boxes[0].confidence == kept
+    assert read_answer(f"<answer>{write_answer(answer, [PER_MILLE])}</answer>", [PER_MILLE]) == answer

@@ -10,6 +10,8 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen3_5Config,
+    Qwen3_5ForConditionalGeneration,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
 )
@@ -37,7 +39,7 @@ def write_toy(folder: Path, model_type: str = "qwen3_vl", *, seed: int = 0) -> P
     }
     (folder / "preprocessor_config.json").write_text(json.dumps({"image_processor_type": "Qwen2VLImageProcessor", **processor}))
     torch.manual_seed(seed)
-    model = _qwen3(tokenizer) if model_type == "qwen3_vl" else _qwen2_5(tokenizer)
+    model = _BUILDERS[model_type](tokenizer)
     with torch.no_grad():
         for parameter in model.parameters():
             # Wider than the usual start, so that images, positions and padding would show in the output.
@@ -104,3 +106,24 @@ def _qwen2_5(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLForConditionalGene
     return Qwen2_5_VLForConditionalGeneration(
         Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **ids)
     )
+
+
+def _qwen3_5(tokenizer: PreTrainedTokenizerFast) -> Qwen3_5ForConditionalGeneration:
+    ids, text, vision = _common(tokenizer)
+    vision |= {"hidden_size": 16, "intermediate_size": 24, "num_position_embeddings": 36}
+    # As in the real ones: more value heads than key heads, and rotary positions on a part of each attention head.
+    linear = {"key_head_dim": 8, "value_head_dim": 8, "num_key_heads": 2, "num_value_heads": 4, "conv_kernel_dim": 4}
+    text |= {f"linear_{name}": value for name, value in linear.items()}
+    text |= {"num_hidden_layers": 3, "layer_types": ["linear_attention", "full_attention", "linear_attention"], "head_dim": 16}
+    text["rope_parameters"] = text["rope_parameters"] | {"partial_rotary_factor": 0.5}
+    model = Qwen3_5ForConditionalGeneration(
+        Qwen3_5Config(text_config=text, vision_config=vision, tie_word_embeddings=True, **ids)
+    )
+    for layer in model.model.language_model.layers:
+        if hasattr(layer, "linear_attn"):
+            # Forgets more slowly than the usual start, so that a prompt's beginning would show in the output.
+            torch.nn.init.uniform_(layer.linear_attn.A_log, -6, -2)
+    return model
+
+
+_BUILDERS = {"qwen3_vl": _qwen3, "qwen2_5_vl": _qwen2_5, "qwen3_5": _qwen3_5}

@@ -12,7 +12,7 @@ from polyground.models import Loaded, Prompt, load_family, load_model
 from polyground.records import Message
 from toys import write_image, write_toy
 
-KINDS = ("qwen3_vl", "qwen2_5_vl")
+KINDS = ("qwen3_vl", "qwen2_5_vl", "qwen3_5")
 
 
 @pytest.fixture(scope="module", params=KINDS)

@@ -12,7 +12,7 @@ from polyground.sampling.local import LocalSampler, _draw, _nucleus, _Settings
 from toys import write_image, write_toy
 
 torch.set_num_threads(1)
-KINDS = ("qwen3_vl", "qwen2_5_vl")
+KINDS = ("qwen3_vl", "qwen2_5_vl", "qwen3_5")
 
 
 @pytest.fixture(scope="module", params=KINDS)

@@ -9,9 +9,10 @@ import pytest
 from polyground.answer import Answer
 from polyground.errors import DataError
 from polyground.records import Example
-from polyground.sources import READERS, read_source
+from polyground.sources import SOURCES, read_source
 from polyground.sources.blink import scan_blink
 from polyground.sources.mmiu import read_options, scan_mmiu
+from polyground.sources.reading import collect, reasons_of
 
 BLINK = {
     "idx": "val_Jigsaw_1",
@@ -58,14 +59,14 @@ def test_rows_become_examples_that_survive_json(tmp_path: Path, source: str, row
     [
         ({"answer": "hidden"}, "no_answer"),
         ({"answer": "(C)"}, "bad_choice"),
-        ({"image_1": None, "image_2": None}, "malformed"),
+        ({"image_1": None, "image_2": None}, "no_images"),
         ({"choices": None}, "malformed"),
         ({}, "duplicate"),
     ],
 )
 def test_bad_blink_rows(tmp_path: Path, change: dict[str, Any], reason: str) -> None:
     path = written(tmp_path, BLINK, {**BLINK, **change})
-    assert scan_blink(path).reasons == {reason: 1}
+    assert reasons_of(collect(scan_blink(path))[1]) == {reason: 1}
     with pytest.raises(DataError, match=f"1 {reason}"):
         read_source("blink", path, check_images=False)
 
@@ -75,12 +76,12 @@ def test_bad_blink_rows(tmp_path: Path, change: dict[str, Any], reason: str) -> 
     [
         ({"output": "E"}, "bad_choice"),
         ({"options": "none"}, "malformed"),
-        ({"input_image_path": []}, "malformed"),
+        ({"input_image_path": []}, "no_images"),
         ({}, "duplicate"),
     ],
 )
 def test_bad_mmiu_rows(tmp_path: Path, change: dict[str, Any], reason: str) -> None:
-    assert scan_mmiu(written(tmp_path, MMIU, {**MMIU, **change})).reasons == {reason: 1}
+    assert reasons_of(collect(scan_mmiu(written(tmp_path, MMIU, {**MMIU, **change})))[1]) == {reason: 1}
 
 
 def test_what_the_context_adds_is_kept(tmp_path: Path) -> None:
@@ -114,7 +115,7 @@ def test_an_unknown_source_or_option_lists_the_known_ones(tmp_path: Path) -> Non
         read_source("mig_bench", tmp_path, image_rot="x")
 
 
-@pytest.mark.parametrize("source", READERS)
+@pytest.mark.parametrize("source", SOURCES)
 def test_a_missing_file_is_named(tmp_path: Path, source: str) -> None:
     with pytest.raises(DataError, match=r"nothing\.json"):
         read_source(source, tmp_path / "nothing.json")

@@ -13,11 +13,18 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoTokenizer, PreTrainedModel, Qwen2_5_VLForConditionalGeneration, Qwen3VLForConditionalGeneration
+from transformers import (
+    AutoTokenizer,
+    PreTrainedModel,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen3_5ForConditionalGeneration,
+    Qwen3VLForConditionalGeneration,
+)
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from polyground.errors import ModelError
 from polyground.models.family import Family, Loaded
+from polyground.models.linear_attention import let_states_branch
 from polyground.models.qwen import QwenFamily, patchify_as_product
 
 TINY = Path(__file__).parent / "tiny"
@@ -26,6 +33,7 @@ TINY = Path(__file__).parent / "tiny"
 _CLASSES: dict[str, type[PreTrainedModel]] = {
     "qwen2_5_vl": Qwen2_5_VLForConditionalGeneration,
     "qwen3_vl": Qwen3VLForConditionalGeneration,
+    "qwen3_5": Qwen3_5ForConditionalGeneration,
 }
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -97,6 +105,7 @@ def load_model(
         count = len(info["missing_keys"])
         raise ModelError(f"{folder}: {count} weights that config.json asks for are missing ({some}, …); copy the folder again")
     patchify_as_product(model)
+    let_states_branch(model)
     model.requires_grad_(trainable and adapter is None)
     if adapter is not None:
         model = _with_adapter(model, Path(adapter), trainable=trainable)
@@ -167,7 +176,7 @@ def _qwen(folder: Path, config: dict[str, Any], max_pixels: int | None, max_pixe
         path=folder,
         max_pixels=max_pixels,
         max_pixels_total=max_pixels_total,
-        per_mille=config["model_type"] == "qwen3_vl",
+        per_mille=config["model_type"] != "qwen2_5_vl",
     )
 
 
@@ -182,4 +191,5 @@ def _chat_template(folder: Path) -> str:
 _FAMILIES: dict[str, Callable[[Path, dict[str, Any], int | None, int | None], Family]] = {
     "qwen2_5_vl": _qwen,
     "qwen3_vl": _qwen,
+    "qwen3_5": _qwen,
 }

@@ -1,4 +1,4 @@
-"""Qwen2.5-VL and Qwen3-VL: prompts, rotary positions, grids and image features. No weights are loaded here.
+"""Qwen2.5-VL, Qwen3-VL and Qwen3.5: prompts, rotary positions, grids and image features. No weights are loaded here.
 
 The processor is put together from its parts (PIL image processor, tokenizer, chat template), because transformers'
 own needs torchvision for videos, which have no place here.
@@ -45,10 +45,13 @@ class QwenFamily:
     max_pixels_total: int | None = None
     """Pixels that the images of one prompt share equally."""
     per_mille: bool
-    """Boxes are written 0-1000 (Qwen3-VL); otherwise in pixels of the resized image (Qwen2.5-VL)."""
+    """Boxes are written 0-1000 (Qwen3-VL, Qwen3.5); otherwise in pixels of the resized image (Qwen2.5-VL)."""
 
     native = "qwen_json"
-    lora_targets = r".*language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
+    lora_targets = (
+        r".*language_model\.layers\.\d+\."
+        r"(self_attn\.[qkvo]_proj|linear_attn\.(in_proj_(qkv|z|a|b)|out_proj)|mlp\.(gate|up|down)_proj)"
+    )
 
     def __post_init__(self) -> None:
         for name, value in (("max_pixels", self.max_pixels), ("max_pixels_total", self.max_pixels_total)):

@@ -5,16 +5,18 @@ The weights are the trainer's own, so sampled log-probabilities need no correcti
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, LinearAttentionLayer
 
 from polyground.models.family import Loaded, Prompt
+from polyground.models.linear_attention import has_linear_attention
 from polyground.records import Completion, Message
 from polyground.sampling import prompt_keys, sample_seed
 
@@ -153,12 +155,12 @@ class LocalSampler:
             position_ids=positions_3BP.to(device),
             features=family.encode_images_of(model, prompts),
             attention_mask=valid_BK[:, :longest].to(device) if padded else None,
-            past_key_values=DynamicCache(),
+            past_key_values=_empty_cache(family.language_model(model)),
             use_cache=True,
             logits_to_keep=1,
         )
         prefilled = output.past_key_values.layers
-        cache = Cache(layers=[_RoomyLayer.of(layer, repeats=settings.n, room=settings.max_tokens) for layer in prefilled])
+        cache = Cache(layers=[_for_decoding(layer, repeats=settings.n, room=settings.max_tokens) for layer in prefilled])
         valid_RK = valid_BK.to(device).repeat_interleave(settings.n, dim=0) if padded else None
         return output.logits[:, -1].repeat_interleave(settings.n, dim=0), cache, valid_RK
 
@@ -191,6 +193,36 @@ class _Settings:
             raise ValueError(f"n and max_tokens must be >= 1; got {self.n} and {self.max_tokens}")
         if self.temperature < 0 or not 0 < self.top_p <= 1:
             raise ValueError(f"temperature must be >= 0 and top_p in (0, 1]; got {self.temperature} and {self.top_p}")
+
+
+def _empty_cache(decoder: nn.Module) -> DynamicCache:
+    # With the configuration a sliding window would drop keys, whose columns the key mask still counts.
+    return DynamicCache(config=decoder.config) if has_linear_attention(decoder) else DynamicCache()
+
+
+def _for_decoding(layer: Any, *, repeats: int, room: int) -> _RoomyLayer | _RepeatedState:
+    """A prefilled layer with every row repeated, and `room` for more keys where it has keys."""
+    if isinstance(layer, LinearAttentionLayer):
+        return _RepeatedState.of(layer, repeats=repeats)
+    return _RoomyLayer.of(layer, repeats=repeats, room=room)
+
+
+class _RepeatedState(LinearAttentionLayer):
+    """What one linear-attention layer remembers of each row: of one size, however long the row."""
+
+    @classmethod
+    def of(cls, layer: LinearAttentionLayer, *, repeats: int) -> _RepeatedState:
+        repeated = cls(layer.number_of_states)
+        repeated.__dict__.update(layer.__dict__)
+        repeated._map(lambda state: state.repeat_interleave(repeats, dim=0))
+        return repeated
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._map(lambda state: state[indices])
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> None:
+        self.conv_states = {i: None if state is None else change(state) for i, state in self.conv_states.items()}
+        self.recurrent_states = {i: None if state is None else change(state) for i, state in self.recurrent_states.items()}
 
 
 class _RoomyLayer(DynamicLayer):

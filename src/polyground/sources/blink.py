@@ -3,68 +3,52 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from polyground.answer import Answer
 from polyground.records import Example
-from polyground.sources.reading import OnBad, RowError, Source, examples_of, field_of, require_images, scan_choices
+from polyground.sources.reading import ImageRoot, Item, RowError, field_of, image_root, scan_rows
 
 _LETTER = re.compile(r"\(?([A-Z])\)?\.?")
 _IMAGE_FIELDS = ("image_1", "image_2", "image_3", "image_4")
 
 
-def read_blink(
-    path: str | Path,
+def scan_blink(
+    path: Path,
     *,
     images_root: str | Path | None = None,
+    strip_prefix: str | None = None,
+    images_out: str | Path | None = None,
     sub_tasks: Sequence[str] | None = None,
-    on_bad: OnBad = "raise",
-    check_images: bool = True,
     name: str = "blink",
-) -> list[Example]:
-    """The examples of a file, in file order; keys are `name/sub-task/position in its sub-task`.
+) -> Iterator[Item]:
+    """All rows of a file, in file order; keys are `name/sub-task/position in its sub-task`.
 
-    `sub_tasks` keeps only those; image paths are relative to `images_root` (the file's folder when not given).
+    `sub_tasks` keeps only those. Bad rows have the reasons malformed, no_images, unsafe_path, no_answer, bad_choice,
+    duplicate.
     """
-    source = scan_blink(path, images_root=images_root, name=name)
-    wanted = [
-        example for example in examples_of(source, Path(path), on_bad=on_bad) if sub_tasks is None or example.task in sub_tasks
-    ]
-    if check_images:
-        require_images(wanted, Path(path))
-    return wanted
+    root = image_root(path, images_root, strip_prefix, images_out)
+
+    def read_row(row: Any, key: str) -> Sequence[Example]:
+        wanted = sub_tasks is None or field_of(row, "sub_task", str) in sub_tasks
+        return [_read_row(row, key, root)] if wanted else []
+
+    return scan_rows(path, read_row, name=name, task_field="sub_task")
 
 
-def scan_blink(path: str | Path, *, images_root: str | Path | None = None, name: str = "blink") -> Source:
-    """All rows of a file, the bad ones with their reasons: malformed, no_answer, bad_choice, duplicate."""
-    return scan_choices(path, images_root=images_root, name=name, task_field="sub_task", read_row=_read_row)
-
-
-def _read_row(row: Any, key: str, root: Path) -> Example:
-    names = [_file_name(row, field) for field in _IMAGE_FIELDS if field_of(row, "sub_task", str) and row.get(field) is not None]
-    if not names:
-        raise RowError("malformed", "the row has no image_1")
-    choices = field_of(row, "choices", list)
+def _read_row(row: Any, key: str, root: ImageRoot) -> Example:
+    task, choices = field_of(row, "sub_task", str), field_of(row, "choices", list)
     return Example(
         key=key,
-        task=field_of(row, "sub_task", str),
-        images=tuple(root / n for n in names),
+        task=task,
+        images=root.paths([row[field] for field in _IMAGE_FIELDS if row.get(field) is not None]),
         question=field_of(row, "question", str).strip(),
         target=Answer(choice=read_letter(field_of(row, "answer", str), len(choices))),
         choices=tuple(str(choice) for choice in choices),
         meta={"source": "blink", "idx": row.get("idx")},
     )
-
-
-def _file_name(row: Any, field: str) -> str:
-    # The Hugging Face export writes an image as {"path": …, "bytes": …}.
-    value = row[field]
-    found = value.get("path") if isinstance(value, dict) else value
-    if not isinstance(found, str) or not found:
-        raise RowError("malformed", f"field {field!r} must be a file name; export the images to files first")
-    return found
 
 
 def read_letter(text: str, choices: int) -> str:

@@ -7,16 +7,14 @@ No field names the image to look in: it is read from the question, and where tha
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from polyground.answer import Answer, Located
 from polyground.errors import DataError
-from polyground.geometry import Box
 from polyground.records import Example
-from polyground.sources.reading import BadRow, OnBad, RowError, Source, examples_of, field_of, load_rows, require_images
+from polyground.sources.reading import ImageRoot, Item, RowError, field_of, image_root, scan_rows, stream_rows, unit_box
 
 Version = Literal["original", "revised"]
 
@@ -28,54 +26,30 @@ _QUESTION_BOX = re.compile(r"<\|box_start\|>\s*\((\d+),\s*(\d+)\),\s*\((\d+),\s*
 _REFERENCE_MARKS = re.compile(r"<\|object_ref_(?:start|end)\|>")
 
 
-def read_mig_bench(
-    path: str | Path,
+def scan_mig_bench(
+    path: Path,
     *,
     images_root: str | Path | None = None,
+    strip_prefix: str | None = None,
     version: Version | None = None,
-    on_bad: OnBad = "raise",
-    check_images: bool = True,
+    duplicates: Literal["report", "keep"] = "report",
     name: str = "mig_bench",
-) -> list[Example]:
-    """The examples of an annotation file, in file order; keys are `name/task/position in its task`.
+) -> Iterator[Item]:
+    """All rows of an annotation, in file order; keys are `name/task/position in its task`.
 
-    Image paths are relative to `images_root` (the annotation's folder when not given). Bad rows raise a DataError, or are left
-    out with `on_bad="quarantine"`: `scan_mig_bench` tells which and why. `check_images=False` reads an annotation without images.
+    Bad rows have the reasons malformed, inverted, out_of_range, bad_image, unsafe_path, no_images and duplicate. A simulated
+    world is written as `original`; a file is told apart by the numbers of its answers unless `version` says.
     """
-    source = scan_mig_bench(path, images_root=images_root, version=version, name=name)
-    examples = examples_of(source, Path(path), on_bad=on_bad)
-    if check_images:
-        require_images(examples, Path(path))
-    return examples
+    rows = list(stream_rows(path))
+    found = version or version_of([row for _, row in rows], path)
+    if found not in ("original", "revised"):
+        raise DataError(f"{path}: version must be 'original' or 'revised'; got {found!r}")
+    root = image_root(path, images_root, strip_prefix)
 
+    def read_row(row: Any, key: str) -> Example:
+        return _read_row(row, key, root=root, version=found)
 
-def scan_mig_bench(
-    path: str | Path, *, images_root: str | Path | None = None, version: Version | None = None, name: str = "mig_bench"
-) -> Source:
-    """All rows of an annotation, the bad ones with their reasons: malformed, inverted, out_of_range, bad_image, duplicate."""
-    path = Path(path)
-    rows = load_rows(path)
-    version = version or version_of(rows, path)
-    if version not in ("original", "revised"):
-        raise DataError(f"{path}: version must be 'original' or 'revised'; got {version!r}")
-    root = path.parent if images_root is None else Path(images_root)
-    positions: Counter[str] = Counter()
-    examples, bad, seen = [], [], set()
-    for number, row in enumerate(rows, start=1):
-        task = str(row.get("task")) if isinstance(row, dict) else "?"
-        key = f"{name}/{task}/{positions[task]}"
-        positions[task] += 1
-        try:
-            example = _read_row(row, key, root=root, version=version)
-            identity = (task, example.images, example.question, example.question_boxes)
-            if identity in seen:
-                raise RowError("duplicate", "an earlier row asks the same question about the same images")
-        except RowError as error:
-            bad.append(BadRow(number, key, error.reason, str(error)))
-        else:
-            seen.add(identity)
-            examples.append(example)
-    return Source(tuple(examples), tuple(bad))
+    return scan_rows(path, read_row, name=name, task_field="task", duplicates=duplicates, rows=rows)
 
 
 def version_of(rows: Sequence[Any], path: Path) -> Version:
@@ -99,25 +73,24 @@ def named_image(text: str) -> int | None:
     return found
 
 
-def _read_row(row: Any, key: str, *, root: Path, version: Version) -> Example:
+def _read_row(row: Any, key: str, *, root: ImageRoot, version: Version) -> Example:
     task = field_of(row, "task", str)
-    names = field_of(row, "images", list)
-    if not names or not all(isinstance(n, str) for n in names):
-        raise RowError("malformed", f"field 'images' must list file names; got {names!r}")
+    images = root.paths(field_of(row, "images", list))
     text = field_of(row, "question", str)
-    box = _read_box(field_of(row, "answer", list), scale=1.0 if version == "original" else 1000.0, what="answer")
+    size = 1.0 if version == "original" else 1000.0
+    box = unit_box(field_of(row, "answer", list), width=size, height=size, what="answer")
     image = _target_image(task, text, str(row.get("additional_info") or ""))
-    if image is not None and not 1 <= image <= len(names):
-        raise RowError("bad_image", f"the question is about image {image} of {len(names)}")
+    if image is not None and not 1 <= image <= len(images):
+        raise RowError("bad_image", f"the question is about image {image} of {len(images)}")
     # In every MIG-Bench question the marked object is in the first image.
     marked = tuple(
-        Located(1, _read_box([int(n) for n in numbers], scale=1000.0, what="box in the question"))
+        Located(1, unit_box([int(n) for n in numbers], width=1000, height=1000, what="box in the question"))
         for numbers in _QUESTION_BOX.findall(text)
     )
     return Example(
         key=key,
         task=task,
-        images=tuple(root / n for n in names),
+        images=images,
         question=" ".join(_REFERENCE_MARKS.sub("", _QUESTION_BOX.sub("<box>", text)).split()),
         target=Answer((Located(image, box),)),
         question_boxes=marked,
@@ -133,14 +106,3 @@ def _target_image(task: str, question: str, additional_info: str) -> int | None:
             return named_image(additional_info)
         case _:
             return named_image(question)
-
-
-def _read_box(numbers: Sequence[Any], *, scale: float, what: str) -> Box:
-    if len(numbers) != 4 or not all(isinstance(n, int | float) and not isinstance(n, bool) for n in numbers):
-        raise RowError("malformed", f"the {what} must be four numbers; got {numbers!r}")
-    x0, y0, x1, y1 = (n / scale for n in numbers)
-    if not (min(x0, y0, x1, y1) >= 0 and max(x0, y0, x1, y1) <= 1):
-        raise RowError("out_of_range", f"the {what} leaves the image: {list(numbers)}")
-    if not (x0 < x1 and y0 < y1):
-        raise RowError("inverted", f"the {what} has swapped corners or no area: {list(numbers)}")
-    return Box(x0, y0, x1, y1)

@@ -3,53 +3,46 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from polyground.answer import Answer
 from polyground.records import Example
 from polyground.sources.blink import read_letter
-from polyground.sources.reading import OnBad, RowError, Source, examples_of, field_of, require_images, scan_choices
+from polyground.sources.reading import ImageRoot, Item, RowError, field_of, image_root, scan_rows
 
 _OPTION = re.compile(r"^\s*([A-Z])\s*[:.)]\s*(.*?)\s*$")
 _SELECT = re.compile(r"\s*select from the following choices\.?\s*", re.IGNORECASE)
 
 
-def read_mmiu(
-    path: str | Path,
+def scan_mmiu(
+    path: Path,
     *,
     images_root: str | Path | None = None,
+    strip_prefix: str | None = None,
     tasks: Sequence[str] | None = None,
-    on_bad: OnBad = "raise",
-    check_images: bool = True,
     name: str = "mmiu",
-) -> list[Example]:
-    """The examples of a file, in file order; keys are `name/task/position in its task`.
+) -> Iterator[Item]:
+    """All rows of a file, in file order; keys are `name/task/position in its task`.
 
-    `tasks` keeps only those; image paths are relative to `images_root` (the file's folder when not given).
+    `tasks` keeps only those. Bad rows have the reasons malformed, no_images, unsafe_path, no_answer, bad_choice and duplicate.
     """
-    source = scan_mmiu(path, images_root=images_root, name=name)
-    wanted = [example for example in examples_of(source, Path(path), on_bad=on_bad) if tasks is None or example.task in tasks]
-    if check_images:
-        require_images(wanted, Path(path))
-    return wanted
+    root = image_root(path, images_root, strip_prefix)
+
+    def read_row(row: Any, key: str) -> Sequence[Example]:
+        wanted = tasks is None or field_of(row, "task", str) in tasks
+        return [_read_row(row, key, root)] if wanted else []
+
+    return scan_rows(path, read_row, name=name, task_field="task")
 
 
-def scan_mmiu(path: str | Path, *, images_root: str | Path | None = None, name: str = "mmiu") -> Source:
-    """All rows of a file, the bad ones with their reasons: malformed, no_answer, bad_choice, duplicate."""
-    return scan_choices(path, images_root=images_root, name=name, task_field="task", read_row=_read_row)
-
-
-def _read_row(row: Any, key: str, root: Path) -> Example:
-    names = field_of(row, "input_image_path", list)
-    if not names or not all(isinstance(n, str) for n in names):
-        raise RowError("malformed", f"field 'input_image_path' must list file names; got {names!r}")
+def _read_row(row: Any, key: str, root: ImageRoot) -> Example:
     choices = read_options(field_of(row, "options", str))
     return Example(
         key=key,
         task=field_of(row, "task", str),
-        images=tuple(root / n for n in names),
+        images=root.paths(field_of(row, "input_image_path", list)),
         question=_question(field_of(row, "question", str), str(row.get("context") or "")),
         target=Answer(choice=read_letter(field_of(row, "output", str), len(choices))),
         choices=choices,

@@ -37,6 +37,7 @@ from polyground.losses import (
     without_variance,
 )
 from polyground.models import Family, ImageFeatures, Loaded, Prompt
+from polyground.models.linear_attention import packed_mask
 from polyground.records import Completion, Example, Message, Rollout
 from polyground.rollout import Ask, Group, Judge, rollout_groups
 from polyground.sampling import Sampler
@@ -133,7 +134,7 @@ def score_group(model: Any, family: Any, packed: PackedGroup, features: ImageFea
         input_ids=packed.input_ids_1S,
         position_ids=packed.positions_31S,
         features=[features],
-        attention_mask=packed.mask_11SS,
+        attention_mask=packed_mask(family.language_model(model), packed.mask_11SS, lengths=packed.lengths),
         logits_to_keep=packed.keep_N,
         use_cache=False,
     )
