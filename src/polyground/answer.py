@@ -6,9 +6,10 @@ Reading never raises: a completion is an `Answer` or a named reason why it is no
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from polyground.geometry import Box, Grid, InvertedBoxError, OffImageError
@@ -27,6 +28,8 @@ class Located:
     image: int | None
     """1-based position among the prompt's images; None when a native form did not say."""
     box: Box
+    confidence: float = 1.0
+    """How sure the model says it is, in [0, 1]: ranks boxes where average precision is asked for; 1 when it does not say."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +79,8 @@ def write_answer(answer: Answer, grids: Sequence[Grid]) -> str:
             raise ValueError("the answer contract names the image of every box; this box has none")
         if not 1 <= located.image <= len(grids):
             raise ValueError(f"images are counted from 1 to {len(grids)}; this box is in image {located.image}")
-        rows.append({"image": located.image, "bbox_2d": list(grids[located.image - 1].write(located.box))})
+        row = {"image": located.image, "bbox_2d": list(grids[located.image - 1].write(located.box))}
+        rows.append(row if located.confidence == 1 else {**row, "confidence": located.confidence})
     return json.dumps(rows)
 
 
@@ -162,8 +166,16 @@ def _read_rows(rows: Sequence[object], grids: Sequence[Grid], *, image_required:
         located = _locate(image, row["bbox_2d"], grids)
         if isinstance(located, Unreadable):
             return located
-        boxes.append(located)
+        boxes.append(replace(located, confidence=_confidence(row)))
     return Answer(tuple(boxes))
+
+
+def _confidence(row: Mapping[str, object]) -> float:
+    """The number a row calls its confidence or score, kept within [0, 1]; 1 where there is none to be read."""
+    value = row.get("confidence", row.get("score"))
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return 1.0
+    return min(1.0, max(0.0, float(value)))
 
 
 def _four_numbers(value: object) -> bool:

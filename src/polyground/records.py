@@ -185,8 +185,9 @@ def answer_from_json(row: Mapping[str, Any]) -> Answer:
 
 def _located_to_json(located: Located) -> dict[str, Any]:
     box = located.box
-    return {"image": located.image, "box": [box.x0, box.y0, box.x1, box.y1]}
+    row: dict[str, Any] = {"image": located.image, "box": [box.x0, box.y0, box.x1, box.y1]}
+    return row if located.confidence == 1 else {**row, "confidence": located.confidence}
 
 
 def _located_from_json(row: Mapping[str, Any]) -> Located:
-    return Located(row["image"], Box(*row["box"]))
+    return Located(row["image"], Box(*row["box"]), row.get("confidence", 1.0))

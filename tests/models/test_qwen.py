@@ -117,15 +117,29 @@ def test_text_that_holds_a_placeholder_is_refused(loaded: Loaded) -> None:
         loaded.family.encode([Message("user", ("look: <|image_pad|>",))])
 
 
+@pytest.mark.parametrize("opening", ["<think>\n", "<think>\n\n</think>\n\n"], ids=["opened", "empty"])
+def test_a_thought_that_the_template_begins_is_left_to_the_completion(tmp_path: Path, opening: str) -> None:
+    folder = write_toy(tmp_path / "toy", "qwen3_5")
+    messages = [Message("user", ("<think>\n",))]
+    plain = load_family(folder).encode(messages).input_ids
+    template = folder / "chat_template.jinja"
+    template.write_text(template.read_text().replace("assistant\n", "assistant\n" + opening))
+    family = load_family(folder)
+    asked = family.tokenizer.apply_chat_template([{"role": "user", "content": []}], tokenize=False, add_generation_prompt=True)
+    assert asked.endswith(opening)
+    assert torch.equal(family.encode(messages).input_ids, plain)
+
+
 def test_an_image_too_thin_is_named(loaded: Loaded, tmp_path: Path) -> None:
     thin = write_image(tmp_path / "thin.png", width=300, height=1)
     with pytest.raises(DataError, match=r"thin\.png"):
         loaded.family.encode(_ask(thin))
 
 
-def test_qwen3_writes_boxes_per_mille_and_qwen2_5_in_pixels_as_processed(tmp_path: Path) -> None:
+def test_qwen3_and_3_5_write_boxes_per_mille_and_qwen2_5_in_pixels_as_processed(tmp_path: Path) -> None:
     big = write_image(tmp_path / "big.png", width=300, height=200)
     assert load_family(write_toy(tmp_path / "three", "qwen3_vl")).grids([big]) == [PER_MILLE]
+    assert load_family(write_toy(tmp_path / "three-five", "qwen3_5")).grids([big]) == [PER_MILLE]
     family = load_family(write_toy(tmp_path / "two", "qwen2_5_vl"))
     grid = family.encode(_ask(big)).image_grid_thw[0]
     assert family.grids([big]) == [Grid(width=int(grid[2]) * 14, height=int(grid[1]) * 14)]

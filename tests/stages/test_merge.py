@@ -16,8 +16,8 @@ from toys import write_image, write_toy
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_toy(tmp_path_factory.mktemp("models") / "base")
+def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_toy(tmp_path_factory.mktemp("models") / "base", getattr(request, "param", "qwen3_vl"))
 
 
 def _adapter(base: Path, folder: Path, *, seed: int = 0, alpha: int = 12) -> Path:
@@ -28,6 +28,7 @@ def _adapter(base: Path, folder: Path, *, seed: int = 0, alpha: int = 12) -> Pat
     return folder
 
 
+@pytest.mark.parametrize("base", ["qwen3_vl", "qwen3_5"], indirect=True)
 def test_the_merged_folder_answers_as_the_base_with_its_adapter(base: Path, tmp_path: Path) -> None:
     adapter = _adapter(base, tmp_path / "adapter")
     summary = merge_adapter(base, adapter, tmp_path / "merged", tolerance=1e-3)

@@ -20,8 +20,9 @@ def _one_thread() -> None:
 
 
 @pytest.fixture(scope="session")
-def toy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_toy(tmp_path_factory.mktemp("toy") / "model")
+def toy_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of Qwen3-VL, unless a test names the model type (`families`)."""
+    return write_toy(tmp_path_factory.mktemp("toy") / "model", getattr(request, "param", "qwen3_vl"))
 
 
 @pytest.fixture

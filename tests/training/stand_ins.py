@@ -3,9 +3,15 @@
 import random
 from collections.abc import Sequence
 
+import pytest
+
 from polyground.geometry import PER_MILLE, Grid
 from polyground.records import Completion, Example, Message, Score
 from polyground.sampling import sample_seed
+
+
+families = pytest.mark.parametrize("toy_folder", ["qwen3_vl", "qwen3_5"], indirect=True)
+"""Runs a test with a model of attention alone and with one that carries recurrent states."""
 
 
 def ask(example: Example) -> tuple[list[Message], list[Grid]]:

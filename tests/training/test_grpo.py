@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from stand_ins import Babbler, ask, judge
+from stand_ins import Babbler, ask, families, judge
 from transformers import TrainerState
 
 from polyground.config import GrpoConfig
@@ -42,6 +42,7 @@ def kill_in_step_4(self: object, args: object, state: TrainerState, control: obj
         raise KilledError
 
 
+@families
 @pytest.mark.parametrize("changes", [{}, {"num_iterations": 3, "beta": 0.0}], ids=["one-iteration", "three-iterations"])
 def test_a_killed_run_goes_on_to_the_very_same_weights_and_rows(
     toy_folder: Path, examples: list[Example], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict
@@ -110,6 +111,7 @@ def test_groups_without_variance_are_skipped_only_where_that_is_exact(
     assert row["frac_groups_skipped"] == share
 
 
+@families
 def test_skipping_changes_the_cost_and_not_the_weights(toy_folder: Path, examples: list[Example], tmp_path: Path) -> None:
     def half(completion: Completion, example: Example, grids: object) -> Score:
         return Score(total=0.5, parts={"early": 0.5}) if example.key == "e2" else judge(completion, example, grids)

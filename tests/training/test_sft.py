@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from stand_ins import ask
+from stand_ins import ask, families
 
 from polyground.batches import collate_completions
 from polyground.config import SftConfig
@@ -29,6 +29,7 @@ def learn(folder: Path, examples: list[Example], out: Path, **changes) -> dict:
     return train_sft(load_model(folder), lessons(examples), config(**changes), out=out, seed=1)
 
 
+@families
 def test_the_loss_falls_and_the_adapter_is_saved(toy_folder: Path, examples: list[Example], tmp_path: Path) -> None:
     summary = learn(toy_folder, examples, tmp_path, max_steps=12)
     losses = [row["loss"] for row in read_rows(tmp_path / "log.jsonl") if "loss" in row]
@@ -46,6 +47,7 @@ def test_a_resumed_run_ends_with_the_same_weights(toy_folder: Path, examples: li
     assert all(torch.equal(whole[name], halves[name]) for name in whole)
 
 
+@families
 def test_the_first_loss_is_that_of_the_base_model_row_by_row(toy_folder: Path, examples: list[Example], tmp_path: Path) -> None:
     learn(toy_folder, examples, tmp_path, max_steps=1, per_device_train_batch_size=2, gradient_accumulation_steps=2)
     loaded = load_model(toy_folder)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig
-from stand_ins import Babbler, ask
+from stand_ins import Babbler, ask, families
 from torch import Tensor
 
 from polyground.batches import PackedGroup, pack_group
@@ -159,6 +159,7 @@ def _dataset():
     return Dataset.from_list([{"prompt": "x"}])
 
 
+@families
 @pytest.mark.parametrize("off_policy", [pytest.param(0.0, id="on-policy"), pytest.param(0.4, id="off-policy")])
 @pytest.mark.parametrize("beta", [0.0, 0.04])
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo"])

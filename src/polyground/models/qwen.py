@@ -6,6 +6,7 @@ own needs torchvision for videos, which have no place here.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -29,6 +30,10 @@ from polyground.vision import image_size, load_image
 IMAGE, VIDEO, VISION_START, VISION_END, END = "<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>", "<|im_end|>"
 
 _CONTROL = (IMAGE, VIDEO, VISION_START, VISION_END, "<|im_start|>", END)
+
+# Templates of thinking models (Qwen3.5) begin the completion with a thought, opened or empty. In the trained contract
+# that is the completion's own part: left in the prompt, a thought would be opened twice and none be rewarded for its form.
+_OPENED_THOUGHT = re.compile(r"(?<=<\|im_start\|>assistant\n)<think>\s*(</think>\s*)?\Z")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,7 +189,8 @@ class QwenFamily:
                     raise DataError(f"the prompt text holds {found}, which would break the prompt; remove it: {part[:80]!r}")
             parts = [{"type": "image"} if isinstance(part, Path) else {"type": "text", "text": part} for part in message.parts]
             rows.append({"role": message.role, "content": parts})
-        return str(self.tokenizer.apply_chat_template(rows, tokenize=False, add_generation_prompt=True))
+        text = str(self.tokenizer.apply_chat_template(rows, tokenize=False, add_generation_prompt=True))
+        return _OPENED_THOUGHT.sub("", text)
 
     def _pixel_limits(self, count: int) -> tuple[int, int]:
         size = self.image_processor.size
