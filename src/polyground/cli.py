@@ -32,6 +32,13 @@ STAGES = {
     "pretrain": "make the embedded tiny base model anew (long; not part of `run`)",
 }
 _GROUND = "ask a model about image files and see the box"
+TOOLS = {
+    "convert": "rewrite a data set in another format, row by row",
+    "validate": "check a data set or a recipe before training: rows, images, boxes, leakage, tokens, memory",
+    "check-coords": "draw the truth after a round trip through prompt, grid and parser",
+    "score": "score a benchmark's responses, whoever made them",
+}
+"""Verbs that need no recipe: a module of `polyground.stages` with `arguments(parser)` and `run(options)`, which returns text."""
 INTERRUPTED = 130
 REFUSED = 2
 
@@ -66,8 +73,10 @@ def _dispatch(arguments: Sequence[str]) -> int:
     verb, rest = arguments[0], arguments[1:]
     if verb == "ground":
         return _ground(rest)
+    if verb in TOOLS:
+        return _tool(verb, rest)
     if verb not in STAGES:
-        raise ConfigError(f"there is no verb {verb!r}{nearest(verb, [*STAGES, 'ground'])}; `polyground --help` lists them")
+        raise ConfigError(f"there is no verb {verb!r}{nearest(verb, [*STAGES, *TOOLS, 'ground'])}; see `polyground --help`")
     return _stage(verb, rest)
 
 
@@ -78,15 +87,20 @@ def nearest(word: str, words: Sequence[str]) -> str:
 
 
 def _help() -> str:
-    width = max(map(len, [*STAGES, "ground"]))
-    verbs = "\n".join(f"  {verb:<{width}}  {text}" for verb, text in {**STAGES, "ground": _GROUND}.items())
+    width = max(map(len, [*STAGES, *TOOLS, "ground"]))
+    verbs = "\n".join(f"  {verb:<{width}}  {text}" for verb, text in STAGES.items())
+    tools = "\n".join(f"  {verb:<{width}}  {text}" for verb, text in {"ground": _GROUND, **TOOLS}.items())
     return f"""usage: polyground VERB RECIPE [--key value …] [--dry-run]
        polyground ground --model FOLDER IMAGE [IMAGE …] -q QUESTION [--out FILE]
+       polyground TOOL …
 
 Multi-image visual grounding: cold start on synthesised reasoning, then GRPO with rule rewards.
 
-verbs:
+verbs, each with a recipe:
 {verbs}
+
+tools, which need none (`polyground TOOL --help`):
+{tools}
 
 Any key of the recipe can be given on the command line: `polyground grpo recipes/tiny.yaml --learning_rate 1e-4`
 (a key of the verb's own section) or `--reject.num_generations 16` (section and key).
@@ -161,6 +175,16 @@ def _say(verb: str, summary: Any) -> None:
     elif isinstance(summary, Mapping) and verb not in {"run", "evaluate"}:
         flat = {key: value for key, value in summary.items() if not isinstance(value, list | tuple) or len(value) <= 12}
         print(f"{verb}: {json.dumps(flat, default=str, ensure_ascii=False)}")
+
+
+def _tool(verb: str, rest: Sequence[str]) -> int:
+    module = importlib.import_module(f"polyground.stages.{verb.replace('-', '_')}")
+    parser = argparse.ArgumentParser(prog=f"polyground {verb}", description=TOOLS[verb], allow_abbrev=False)
+    module.arguments(parser)
+    text = module.run(parser.parse_args(rest))
+    if text:
+        print(text)
+    return 0
 
 
 def _ground(rest: Sequence[str]) -> int:
