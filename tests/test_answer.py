@@ -47,6 +47,10 @@ def rows(*found: dict[str, object]) -> str:
         pytest.param(f"<think>{ROW}</think>", Unreadable.MISSING, id="box-only-in-think"),
         pytest.param(f"<think><answer>[{ROW}]</answer></think>", Unreadable.MISSING, id="answer-only-in-think"),
         pytest.param(f"<think><answer>B</answer></think><answer>[{ROW}]</answer>", GOOD, id="answer-in-think-and-after"),
+        pytest.param(f"B?</think><answer>[{ROW}]</answer>", GOOD, id="thought-opened-in-the-prompt"),
+        pytest.param(
+            f"<answer>[{ROW}]</answer>?</think>", Unreadable.MISSING, id="answer-only-in-a-thought-opened-in-the-prompt"
+        ),
         pytest.param(f"<answer>[{ROW}", Unreadable.MISSING, id="cut-short"),
         pytest.param("<answer></answer>", Unreadable.MALFORMED, id="empty-tag"),
         pytest.param("<answer>the left one</answer>", Unreadable.MALFORMED, id="prose"),

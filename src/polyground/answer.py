@@ -113,7 +113,8 @@ def read_answer(text: str, grids: Sequence[Grid], *, native: str | None = None) 
     >>> read_answer("it is on the left", [PER_MILLE])
     <Unreadable.MISSING: 'missing'>
     """
-    spoken = _THOUGHT.sub(" ", text)
+    # Some chat templates open the thought in the prompt: what a stray closing tag ends is a thought as well.
+    spoken = _THOUGHT.sub(" ", text).rpartition("</think>")[2]
     first_problem: Unreadable | None = None
     for content in reversed(_ANSWER.findall(spoken)):
         answer = _read_content(content, grids)
@@ -124,9 +125,8 @@ def read_answer(text: str, grids: Sequence[Grid], *, native: str | None = None) 
         return first_problem
     if native is None:
         return Unreadable.MISSING
-    # Some chat templates open the thought in the prompt, and a thought cut short never closes.
-    spoken = spoken.rpartition("</think>")[2].partition("<think>")[0]
-    return NATIVE_READERS[native](spoken[-NATIVE_TAIL:], grids)
+    # A thought cut short never closes.
+    return NATIVE_READERS[native](spoken.partition("<think>")[0][-NATIVE_TAIL:], grids)
 
 
 def _read_content(content: str, grids: Sequence[Grid]) -> Answer | Unreadable:
