@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import time
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 from polyground.answer import (
     MAX_BOXES,
     NATIVE_READERS,
+    NATIVE_WRITERS,
     Answer,
     Located,
     Unreadable,
@@ -20,6 +23,7 @@ from polyground.answer import (
     reasoning_of,
     write_answer,
     write_completion,
+    write_native,
 )
 from polyground.geometry import FULL_IMAGE, PER_MILLE, Box, Grid
 
@@ -167,6 +171,59 @@ def test_what_is_written_is_read_back(answer: Answer) -> None:
     assert reasoning_of(text) == "a red star"
     assert read_answer(text, [PER_MILLE] * 3) == answer
     assert read_answer(f"<answer>[]</answer>{text}", [PER_MILLE] * 3) == answer
+
+
+WIDE = Grid(width=1400, height=700)
+TOKENS = r"<\|?/?[a-z_]+\|?>"
+
+
+def test_every_native_form_is_read_and_written() -> None:
+    assert set(NATIVE_READERS) - {"any"} == set(NATIVE_WRITERS)
+
+
+@pytest.mark.parametrize(
+    ("native", "expected"),
+    [
+        ("qwen_json", '```json\n[{"bbox_2d": [100, 200, 500, 750], "label": "cup"}]\n```'),
+        ("qwen_tokens", "<|object_ref_start|>cup<|object_ref_end|><|box_start|>(100,200),(500,750)<|box_end|>"),
+        ("internvl", "<ref>cup</ref><box>[[100, 200, 500, 750]]</box>"),
+    ],
+)
+def test_native_forms_are_written_as_the_families_write_them(native: str, expected: str) -> None:
+    answer = Answer((Located(1, BOX),))
+    assert write_native(answer, [PER_MILLE], native=native, label="cup") == expected
+    assert write_native(Answer(choice="B"), TWO, native=native) == "B"
+
+
+@pytest.mark.parametrize("native", NATIVE_WRITERS)
+@pytest.mark.parametrize("tokens_survive", [True, False], ids=["whole", "special-tokens-lost"])
+@given(answer=answers().filter(lambda answer: answer.boxes), label=st.sampled_from(["", "the red star", "Tasse {gross}"]))
+def test_what_is_written_natively_is_read_back(native: str, tokens_survive: bool, answer: Answer, label: str) -> None:
+    here = Answer(tuple(replace(located, image=1) for located in answer.boxes))
+    nowhere = Answer(tuple(replace(located, image=None) for located in answer.boxes))
+    cases = [([PER_MILLE], here, here), ([PER_MILLE] * 3, answer, answer if native == "qwen_json" else nowhere)]
+    for grids, given_answer, expected in cases:
+        text = write_native(given_answer, grids, native=native, label=label)
+        text = text if tokens_survive else re.sub(TOKENS, "", text)
+        assert read_answer(text, grids, native=native) == expected
+
+
+@pytest.mark.parametrize("native", NATIVE_WRITERS)
+@given(answer=answers().filter(lambda answer: answer.boxes))
+def test_native_pixels_of_a_resized_image_are_read_back_within_a_pixel(native: str, answer: Answer) -> None:
+    here = Answer(tuple(replace(located, image=1) for located in answer.boxes))
+    back = read_answer(write_native(here, [WIDE], native=native), [WIDE], native=native)
+    assert isinstance(back, Answer)
+    for ours, theirs in zip(here.boxes, back.boxes, strict=True):
+        assert abs(ours.box.x0 - theirs.box.x0) <= 1 / 1400 + 1e-9
+        assert abs(ours.box.y1 - theirs.box.y1) <= 1 / 700 + 1e-9
+
+
+@pytest.mark.parametrize("native", NATIVE_WRITERS)
+@pytest.mark.parametrize("answer", [Answer(), Answer((Located(3, BOX),))], ids=["no-box", "no-such-image"])
+def test_what_a_native_form_cannot_say_is_refused(native: str, answer: Answer) -> None:
+    with pytest.raises(ValueError, match=r"image|nothing is there"):
+        write_native(answer, TWO, native=native)
 
 
 PIECES = [

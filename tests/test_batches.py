@@ -9,13 +9,12 @@ from polyground.models import Prompt
 
 
 def prompt(length: int, *, images: int = 0, next_position: int | None = None) -> Prompt:
-    grid = torch.tensor([[1, 2, 2]] * images) if images else None
     return Prompt(
         input_ids=torch.arange(10, 10 + length),
-        pixel_values=torch.full((4 * images, 3), float(images)) if images else None,
-        image_grid_thw=grid,
         position_ids=torch.arange(length).expand(3, -1),
         next_position=length if next_position is None else next_position,
+        vision={"pixel_values": torch.full((4 * images, 3), float(images))} if images else {},
+        image_tokens=images,
     )
 
 
@@ -58,9 +57,4 @@ def test_ragged_image_counts_make_one_batch() -> None:
     ]
     assert batch["position_ids"].shape == (3, 3, 5)
     assert batch["position_ids"][0, 2].tolist() == [0, 1, 9, 10, 0]
-    assert batch["pixel_values"][:, 0].tolist() == [1.0] * 4 + [3.0] * 12
-    assert len(batch["image_grid_thw"]) == 4
-
-
-def test_a_batch_without_images_has_no_pixels() -> None:
-    assert "pixel_values" not in collate_completions([(prompt(2), [1])], pad_token_id=0)
+    assert [row.image_tokens for row in batch["prompts"]] == [0, 1, 3]

@@ -98,6 +98,9 @@ def test_an_override_leaves_its_neighbours_alone(recipe: Path) -> None:
         pytest.param(
             ["--synthesize.teacher", "endpoint"], ["needs teacher_base_url and teacher_model"], id="teacher-without-address"
         ),
+        pytest.param(
+            ["--synthesize.teacher_grid", "pixels"], ["teacher_grid pixels is for teacher: endpoint"], id="scripted-grid"
+        ),
         pytest.param(["--synthesize.min_words", "9", "--synthesize.max_words", "3"], ["no reasoning could be kept"], id="words"),
         pytest.param(["--evaluate.ious", "[]"], ["at least one threshold"], id="no-threshold"),
         pytest.param(["--rewards", "[{name: iou, weight: 0}]"], ["weight above 0"], id="worthless"),
@@ -186,6 +189,18 @@ def test_what_is_dumped_is_loaded_back(tmp_path_factory: pytest.TempPathFactory,
     path = tmp_path_factory.mktemp("dump") / "recipe.yaml"
     path.write_text(dump_recipe(recipe), encoding="utf-8")
     assert load_recipe(path) == recipe
+
+
+def test_one_reward_may_stand_twice_with_different_options(recipe: Path) -> None:
+    twice = "[{name: iou_threshold, options: {threshold: 0.5}}, {name: iou_threshold, options: {threshold: 0.7}}]"
+    assert len(load_recipe(recipe, ["--rewards", twice]).rewards) == 2
+
+
+@pytest.mark.parametrize("name", ["1e1", "1e-4", "007", "null", "no", "3.", "2024-01-01", "a: b", "# a"])
+def test_text_that_looks_like_something_else_stays_text(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(dump_recipe(Recipe(name=name)), encoding="utf-8")
+    assert load_recipe(path).name == name
 
 
 def test_a_recipe_cannot_be_edited(recipe: Path) -> None:

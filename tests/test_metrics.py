@@ -81,7 +81,7 @@ def test_intervals_are_reproducible_and_do_not_move_when_a_task_is_added() -> No
     alone, beside = summarize(FOUR), summarize([*many("diff", [0.1, 0.9]), *FOUR])
     assert summarize(FOUR) == alone
     assert beside.tasks["region"] == alone.tasks["region"]
-    assert summarize(FOUR, seed=1).tasks["region"].mean_iou.low != alone.tasks["region"].mean_iou.low
+    assert summarize(FOUR, seed=4).tasks["region"].mean_iou.low != alone.tasks["region"].mean_iou.low
 
 
 def test_no_bootstrap_leaves_the_interval_at_the_mean() -> None:
@@ -145,3 +145,22 @@ def test_pass_rates_by_example() -> None:
     assert pass_rates(groups, threshold=0.3) == {"a": 1.0, "b": 0.0}
     with pytest.raises(ValueError, match="one example"):
         pass_rates([[rollout("a", 1), rollout("b", 1)]])
+
+
+def test_further_measures_are_averaged_where_they_apply_and_move_nothing_else() -> None:
+    rows = [*FOUR, rollout("x", 1.0, task="diff", image=None)]
+    plain = summarize(rows)
+    measured = summarize(rows, measures={"thin": lambda row: None if row.task == "diff" else float(row.score.iou < 0.5)})
+    assert measured.tasks["region"].measures["thin"].value == 0.25  # type: ignore[union-attr]
+    assert measured.tasks["diff"].measures["thin"] is None
+    assert measured.macro.measures["thin"].value == 0.25  # type: ignore[union-attr]
+    assert measured.macro.mean_iou == plain.macro.mean_iou
+    assert "measures" not in plain.to_json()["macro"]
+    assert measured.to_json()["tasks"]["diff"]["measures"] == {"thin": None}
+
+
+def test_a_bootstrap_in_pieces_is_as_wide_as_one_at_once() -> None:
+    # 20,000 examples are drawn 52 draws at a time.
+    share = summarize(many("region", [1.0] * 12_000 + [0.0] * 8_000), bootstrap=120).macro.accuracy[0.5]
+    half_width = 1.96 * (0.6 * 0.4 / 20_000) ** 0.5
+    assert share.high - share.low == pytest.approx(2 * half_width, rel=0.3)

@@ -1,12 +1,15 @@
+import re
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from polyground.answer import Answer, Located, read_answer
+from polyground.config import EvaluateConfig
 from polyground.errors import ConfigError, DataError
 from polyground.geometry import PER_MILLE, UNIT, Box, Grid
-from polyground.prompts import TEACHER_TEMPLATES, question_text, student_messages, teacher_messages
+from polyground.prompts import INSTRUCTIONS, TEACHER_TEMPLATES, question_text, student_messages, teacher_messages
 from polyground.records import Example, Message
 
 A, B, C = Path("a.png"), Path("b.png"), Path("c.png")
@@ -156,3 +159,27 @@ def test_dollars_in_a_question_are_left_alone() -> None:
         assert "costs $answer?" in str(
             teacher_messages(example(A, question="What costs $answer?"), [PER_MILLE], template=template)
         )
+
+
+@pytest.mark.parametrize("name", ["reasoned", "direct", "native"])
+def test_instructions_are_data_with_a_version(name: str) -> None:
+    instruction = INSTRUCTIONS[name]
+    assert instruction.name == name
+    assert instruction.version == "1"
+    assert instruction.boxes
+    assert instruction.choice
+    assert "\n" not in instruction.boxes + instruction.choice
+
+
+@pytest.mark.parametrize("name", ["reasoned", "direct"])
+def test_instructions_show_the_contract_as_it_is_read(name: str) -> None:
+    shown = re.search(r"\[\{.*?\}\]", INSTRUCTIONS[name].boxes)
+    assert shown is not None
+    filled = shown[0].replace("x0, y0, x1, y1", "100, 200, 300, 400")
+    answer = read_answer(f"<answer>{filled}</answer>", [PER_MILLE] * 2)
+    assert answer == Answer((Located(1, Box(0.1, 0.2, 0.3, 0.4)),))
+
+
+def test_every_instruction_that_a_recipe_may_name_exists() -> None:
+    named = get_args(EvaluateConfig.model_fields["instruction"].annotation)
+    assert set(named) - {"recipe"} == set(INSTRUCTIONS)

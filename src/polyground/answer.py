@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from typing import Any
 
 from polyground.geometry import Box, Grid, InvertedBoxError, OffImageError
 
@@ -73,15 +74,16 @@ def write_answer(answer: Answer, grids: Sequence[Grid]) -> str:
     """
     if answer.choice is not None:
         return answer.choice
-    rows = []
-    for located in answer.boxes:
-        if located.image is None:
-            raise ValueError("the answer contract names the image of every box; this box has none")
-        if not 1 <= located.image <= len(grids):
-            raise ValueError(f"images are counted from 1 to {len(grids)}; this box is in image {located.image}")
-        row = {"image": located.image, "bbox_2d": list(grids[located.image - 1].write(located.box))}
-        rows.append(row if located.confidence == 1 else {**row, "confidence": located.confidence})
-    return json.dumps(rows)
+    return json.dumps([_row(located, grids) for located in answer.boxes])
+
+
+def _row(located: Located, grids: Sequence[Grid]) -> dict[str, Any]:
+    if located.image is None:
+        raise ValueError("the answer contract names the image of every box; this box has none")
+    if not 1 <= located.image <= len(grids):
+        raise ValueError(f"images are counted from 1 to {len(grids)}; this box is in image {located.image}")
+    row = {"image": located.image, "bbox_2d": list(grids[located.image - 1].write(located.box))}
+    return row if located.confidence == 1 else {**row, "confidence": located.confidence}
 
 
 def write_completion(think: str, answer: Answer, grids: Sequence[Grid]) -> str:
@@ -231,6 +233,15 @@ def _read_numbers(pattern: re.Pattern[str], text: str, grids: Sequence[Grid]) ->
     return Answer(tuple(boxes)) if boxes else _read_choice(text)
 
 
+def _read_any(text: str, grids: Sequence[Grid]) -> Answer | Unreadable:
+    """The first form that finds anything in the text."""
+    for form in ("qwen_json", "qwen_tokens", "internvl"):
+        answer = NATIVE_READERS[form](text, grids)
+        if answer is not Unreadable.MISSING:
+            return answer
+    return Unreadable.MISSING
+
+
 def _read_choice(text: str) -> Answer | Unreadable:
     found = _CHOICE.fullmatch(text.strip())
     return Answer(choice=found[1]) if found else Unreadable.MISSING
@@ -240,5 +251,51 @@ NATIVE_READERS: dict[str, Callable[[str, Sequence[Grid]], Answer | Unreadable]] 
     "qwen_json": _read_qwen_json,
     "qwen_tokens": lambda text, grids: _read_numbers(_BOX_TOKENS, text, grids),
     "internvl": lambda text, grids: _read_numbers(_BOX_BRACKETS, text, grids),
+    "any": _read_any,
 }
-"""How families that were not trained here write their boxes (Qwen2-VL: `qwen_tokens`)."""
+"""How families that were not trained here write their boxes (Qwen2-VL: `qwen_tokens`); `any` is for responses of unknown origin:
+the forms differ in their punctuation alone, and the grid is given, not guessed."""
+
+
+def write_native(answer: Answer, grids: Sequence[Grid], *, native: str, label: str = "") -> str:
+    """The answer as an untrained family writes it, a key of `NATIVE_WRITERS`; `label` is what was looked for.
+
+    Of several images only the JSON form says which one a box is in. Raises ValueError for an answer without boxes, which
+    these forms cannot give, and for a box in no image of the prompt.
+
+    >>> from polyground.geometry import PER_MILLE
+    >>> write_native(Answer((Located(1, Box(0.1, 0.2, 0.5, 0.75)),)), [PER_MILLE], native="internvl", label="a cup")
+    '<ref>a cup</ref><box>[[100, 200, 500, 750]]</box>'
+    """
+    if answer.choice is not None:
+        return answer.choice
+    if not answer.boxes:
+        raise ValueError(f"the native form {native!r} cannot say that nothing is there; use the answer contract")
+    rows = [_row(located, grids) for located in answer.boxes]
+    if len(grids) == 1:
+        for row in rows:
+            del row["image"]
+    return NATIVE_WRITERS[native](rows, label)
+
+
+def _write_qwen_json(rows: Sequence[Mapping[str, Any]], label: str) -> str:
+    labelled = [{**row, "label": label} if label else row for row in rows]
+    return f"```json\n{json.dumps(labelled, ensure_ascii=False)}\n```"
+
+
+def _write_qwen_tokens(rows: Sequence[Mapping[str, Any]], label: str) -> str:
+    named = f"<|object_ref_start|>{label}<|object_ref_end|>" if label else ""
+    return named + "".join("<|box_start|>({},{}),({},{})<|box_end|>".format(*row["bbox_2d"]) for row in rows)
+
+
+def _write_internvl(rows: Sequence[Mapping[str, Any]], label: str) -> str:
+    named = f"<ref>{label}</ref>" if label else ""
+    return f"{named}<box>{json.dumps([row['bbox_2d'] for row in rows])}</box>"
+
+
+NATIVE_WRITERS: dict[str, Callable[[Sequence[Mapping[str, Any]], str], str]] = {
+    "qwen_json": _write_qwen_json,
+    "qwen_tokens": _write_qwen_tokens,
+    "internvl": _write_internvl,
+}
+"""The other way round: rows of the contract and a label to a family's own form. Its keys are `NATIVE_READERS`' but for `any`."""

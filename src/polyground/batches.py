@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from polyground.losses import IGNORED
+from polyground.models.shared_prefix import GroupLayout
 
 if TYPE_CHECKING:
     from polyground.models import Prompt
@@ -31,25 +32,40 @@ class PackedGroup:
     """
 
     input_ids_1S: Tensor
-    mask_11SS: Tensor
-    """Bool: may row attend to column. Only attention functions that read bool masks as such (sdpa) may be given it."""
     positions_31S: Tensor
     """Completions all start where the prompt ends: at its largest position + 1, not at its length."""
     keep_N: Tensor
     """Places in S whose next token is a completion token: the index for `logits_to_keep`."""
     targets_N: Tensor
     """The completion tokens that are predicted there."""
-    lengths: tuple[int, ...]
-    """[G] tokens of each completion; they add up to N."""
+    layout: tuple[GroupLayout, ...]
+    """What lies where; one entry, or several where groups were joined."""
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of each completion; they add up to N."""
+        return tuple(length for group in self.layout for length in group.lengths)
+
+    @property
+    def mask_11SS(self) -> Tensor:
+        """Bool: may row attend to column. Only attention functions that read bool masks as such (sdpa) may be given it."""
+        parts = [part for group in self.layout for part in (group.prefix, *group.lengths)]
+        starts = [at for group in self.layout for at in (True, *(False for _ in group.lengths))]
+        sizes = torch.tensor(parts)
+        part_S = torch.arange(len(parts)).repeat_interleave(sizes)
+        group_S = torch.tensor(starts).long().cumsum(0).repeat_interleave(sizes)
+        shared_S = torch.tensor(starts).repeat_interleave(sizes)
+        order_S = torch.arange(len(part_S))
+        seen_SS = (shared_S[None, :] & (group_S[None, :] == group_S[:, None])) | (part_S[None, :] == part_S[:, None])
+        return (seen_SS & (order_S[None, :] <= order_S[:, None]))[None, None].to(self.input_ids_1S.device)
 
     def to(self, device: torch.device) -> PackedGroup:
         return PackedGroup(
             input_ids_1S=self.input_ids_1S.to(device),
-            mask_11SS=self.mask_11SS.to(device),
             positions_31S=self.positions_31S.to(device),
             keep_N=self.keep_N.to(device),
             targets_N=self.targets_N.to(device),
-            lengths=self.lengths,
+            layout=self.layout,
         )
 
     def unpack(self, values_N: Tensor) -> Tensor:
@@ -78,27 +94,35 @@ def pack_group(prompt: Prompt, completions: Sequence[Sequence[int]]) -> PackedGr
         after = torch.arange(len(target) - 1) + int(prompt.next_position)
         positions += [positions_3P[:, -1:], after.expand(3, -1)]
 
-    owner_S = torch.cat(
-        [torch.zeros(shared, dtype=torch.long), torch.arange(1, len(lengths) + 1).repeat_interleave(torch.tensor(lengths))]
-    )
-    order_S = torch.arange(len(owner_S))
-    seen_SS = (owner_S[None, :] == 0) | (owner_S[None, :] == owner_S[:, None])
-    mask_SS = seen_SS & (order_S[None, :] <= order_S[:, None])
     return PackedGroup(
         input_ids_1S=torch.cat(input_ids).unsqueeze(0),
-        mask_11SS=mask_SS[None, None],
         positions_31S=torch.cat(positions, dim=1).unsqueeze(1),
-        keep_N=torch.arange(shared, len(owner_S)),
+        keep_N=torch.arange(shared, shared + sum(lengths)),
         targets_N=torch.cat(targets),
-        lengths=tuple(lengths),
+        layout=(GroupLayout(shared, tuple(lengths)),),
     )
 
 
-def collate_completions(rows: Sequence[tuple[Prompt, Sequence[int]]], *, pad_token_id: int) -> dict[str, Tensor]:
-    """The model's inputs and labels for several (prompt, completion) rows, padded on the right.
+def join_groups(groups: Sequence[PackedGroup]) -> PackedGroup:
+    """Several groups laid end to end in one row; none sees another."""
+    if len(groups) == 1:
+        return groups[0]
+    sizes = [group.input_ids_1S.shape[1] for group in groups]
+    starts = [sum(sizes[:i]) for i in range(len(groups))]
+    return PackedGroup(
+        input_ids_1S=torch.cat([group.input_ids_1S for group in groups], dim=1),
+        positions_31S=torch.cat([group.positions_31S for group in groups], dim=2),
+        keep_N=torch.cat([group.keep_N + start for group, start in zip(groups, starts, strict=True)]),
+        targets_N=torch.cat([group.targets_N for group in groups]),
+        layout=tuple(layout for group in groups for layout in group.layout),
+    )
 
-    Image counts may differ from row to row, 0 included. `labels` [B, T] hold the completion's tokens and `IGNORED`
-    elsewhere, unshifted as transformers has them.
+
+def collate_completions(rows: Sequence[tuple[Prompt, Sequence[int]]], *, pad_token_id: int) -> dict[str, Any]:
+    """Tokens, mask, [3, B, T] positions and labels of several (prompt, completion) rows, padded on the right.
+
+    `prompts` are the rows' own, whose images the model adapter encodes: counts may differ from row to row, 0 included.
+    `labels` [B, T] hold the completion's tokens and `IGNORED` elsewhere, unshifted as transformers has them.
     """
     ids = [torch.cat([prompt.input_ids, torch.tensor(completion, dtype=torch.long)]) for prompt, completion in rows]
     labels = [
@@ -109,14 +133,10 @@ def collate_completions(rows: Sequence[tuple[Prompt, Sequence[int]]], *, pad_tok
         torch.cat([prompt.position_ids, (torch.arange(len(completion)) + int(prompt.next_position)).expand(3, -1)], dim=1).T
         for prompt, completion in rows
     ]
-    batch = {
+    return {
         "input_ids": pad_sequence(ids, batch_first=True, padding_value=pad_token_id),
         "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
         "position_ids": pad_sequence(positions, batch_first=True).permute(2, 0, 1).contiguous(),
         "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED),
+        "prompts": [prompt for prompt, _ in rows],
     }
-    pixels = [prompt.pixel_values for prompt, _ in rows if prompt.pixel_values is not None]
-    if pixels:
-        batch["pixel_values"] = torch.cat(pixels)
-        batch["image_grid_thw"] = torch.cat([prompt.image_grid_thw for prompt, _ in rows if prompt.image_grid_thw is not None])
-    return batch

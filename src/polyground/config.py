@@ -106,6 +106,10 @@ class RewardConfig(Section):
     options: dict[str, Any] = {}
     """Keyword arguments of the reward, for example `{threshold: 0.5}`."""
 
+    def is_like(self, other: RewardConfig) -> bool:
+        """The same reward with the same options, whatever its weight."""
+        return (self.name, self.options) == (other.name, other.options)
+
 
 class SynthesizeConfig(Section):
     """Chain-of-thought rows from a teacher, filtered by the scorer."""
@@ -118,6 +122,12 @@ class SynthesizeConfig(Section):
     """Name of the model on that server."""
     api_key_env: str | None = None
     """Name of the environment variable that holds the key; the key itself is never written anywhere."""
+    teacher_grid: str = Field(default="per_mille", min_length=1)
+    """How an endpoint teacher reads and writes boxes: per_mille (0-1000), unit (0-1), pixels (of the image as sent),
+    per_mille_yxyx (0-1000, y first), or the folder of the model served (its config.json and preprocessor_config.json are
+    enough): then as its family does, on images resized before they are sent."""
+    teacher_max_pixels_total: int | None = Field(default=None, ge=1)
+    """Pixels that the images of one request share, where teacher_grid is a model folder; null leaves the folder's own limit."""
     error_rate: float = Field(default=0.15, ge=0, le=1)
     """Share of the scripted teacher's answers that are wrong on purpose, so that the filter has work to do."""
     samples_per_example: int = Field(default=1, ge=1)
@@ -148,6 +158,8 @@ class SynthesizeConfig(Section):
             raise ValueError(f"min_words {self.min_words} is above max_words {self.max_words}; no reasoning could be kept")
         if self.teacher == "endpoint" and not (self.teacher_base_url and self.teacher_model):
             raise ValueError("teacher: endpoint needs teacher_base_url and teacher_model")
+        if self.teacher == "scripted" and self.teacher_grid != "per_mille":
+            raise ValueError(f"teacher: scripted writes per_mille; teacher_grid {self.teacher_grid} is for teacher: endpoint")
         return self
 
 
@@ -240,6 +252,9 @@ class RejectConfig(Section):
         return self
 
 
+PrefixAttention = Literal["auto", "shared", "mask"]
+
+
 class GrpoConfig(TrainingConfig):
     """Reinforcement learning from rule rewards, one group of completions per question."""
 
@@ -271,6 +286,9 @@ class GrpoConfig(TrainingConfig):
     """Optimiser passes over each set of rollouts."""
     difficulty_weighting: bool = False
     """Weigh a group's loss by how hard its question is (UniVG-R1)."""
+    prefix_attention: PrefixAttention = "auto"
+    """How completions attend to the prompt they share: `shared` never repeats its keys, `mask` lays a dense mask over the packed
+    group; `auto` takes what is cheaper. The numbers are the same."""
     skip_zero_variance: bool = True
     """Leave out groups whose rewards all agree: they cost a forward and teach nothing."""
 
@@ -302,6 +320,12 @@ class EvaluateConfig(Section):
     """Accuracy thresholds; the first is the headline."""
     limit_per_split: int | None = Field(default=None, ge=1)
     """Answer only the first so many questions of a split; null answers all."""
+    instruction: Literal["recipe", "reasoned", "direct", "native"] = "recipe"
+    """What follows a question: `recipe` for prompts.instruction, else a text of `prompt_texts/instructions.yaml` by its name."""
+    circular: bool = False
+    """Ask every multiple choice once per rotation of its choices; it is right only when all are right."""
+    compat: str | None = None
+    """Tell a peer's quirk beside the headline of the benchmarks that know it, such as `migician-stretch`."""
 
     @field_validator("ious")
     @classmethod
@@ -354,9 +378,8 @@ class Recipe(Section):
     def _are_worth_something(cls, value: list[RewardConfig]) -> list[RewardConfig]:
         if not any(reward.weight > 0 for reward in value):
             raise ValueError("needs at least one reward with a weight above 0")
-        names = [reward.name for reward in value]
-        if repeated := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"each reward may stand once; repeated: {', '.join(repeated)}")
+        if repeated := sorted({reward.name for reward in value if sum(reward.is_like(other) for other in value) > 1}):
+            raise ValueError(f"each reward may stand once with the same options; repeated: {', '.join(repeated)}")
         return value
 
 
@@ -381,7 +404,7 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = (), *, section: str
 
 def dump_recipe(recipe: Recipe) -> str:
     """The whole recipe as YAML, defaults included; `load_recipe` reads it back to an equal one."""
-    return yaml.safe_dump(recipe.to_json(), sort_keys=False, allow_unicode=True)
+    return yaml.dump(recipe.to_json(), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 class _Loader(yaml.SafeLoader):
@@ -398,8 +421,13 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes a text that `_Loader` would take for a number."""
+
+
 # PyYAML follows YAML 1.1, in which a float needs a dot: without this, 1e-4 would be a string.
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
+for _side in (_Loader, _Dumper):
+    _side.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

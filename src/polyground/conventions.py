@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from polyground.errors import DataError, ModelError
 from polyground.geometry import PER_MILLE, UNIT, Grid
@@ -37,12 +38,27 @@ class Canvas:
     tiles: tuple[int, int] = (1, 1)
     """(columns, rows) it is cut into."""
 
+    @property
+    def grid(self) -> Grid:
+        """Pixels of the resized image."""
+        return Grid(width=self.width, height=self.height)
+
 
 class Layout(Protocol):
     """How one image is resized."""
 
+    lasting: ClassVar[bool]
+    """An image of the size of its canvas is left as it is, so that it can be resized before it is sent to a server."""
+
     def fit(self, width: int, height: int, *, max_pixels: int | None = None) -> Canvas:
-        """`max_pixels` lowers the folder's own limit. Raises ValueError for an image the family cannot take."""
+        """`max_pixels` takes the place of the folder's own limit, which tiled families only lower.
+
+        Raises ValueError for an image the family cannot take.
+        """
+        ...
+
+    def processor_options(self, max_pixels: int | None) -> dict[str, Any]:
+        """What transformers' image processor of this family is told, so that it does what `fit` says."""
         ...
 
 
@@ -53,6 +69,7 @@ class SmartResize:
     The rule is that of Qwen's own `smart_resize` (transformers, `models/qwen2_vl`).
     """
 
+    lasting: ClassVar[bool] = True
     factor: int
     """Side of one image token in pixels: patch size times merge size."""
     min_pixels: int
@@ -61,8 +78,7 @@ class SmartResize:
     def fit(self, width: int, height: int, *, max_pixels: int | None = None) -> Canvas:
         if max(width, height) > 200 * min(width, height):
             raise ValueError("one side is more than 200 times the other")
-        most = max(self.max_pixels if max_pixels is None else max_pixels, self.factor**2)
-        least = min(self.min_pixels, most)
+        least, most = self.bounds(max_pixels)
         columns, rows = round(width / self.factor), round(height / self.factor)
         if columns * rows * self.factor**2 > most:
             shrink = math.sqrt(width * height / most)
@@ -72,6 +88,15 @@ class SmartResize:
             columns, rows = (math.ceil(side * grow / self.factor) for side in (width, height))
         return Canvas(columns * self.factor, rows * self.factor, tokens=columns * rows)
 
+    def processor_options(self, max_pixels: int | None) -> dict[str, Any]:
+        least, most = self.bounds(max_pixels)
+        return {"size": {"shortest_edge": least, "longest_edge": most}}
+
+    def bounds(self, max_pixels: int | None) -> tuple[int, int]:
+        """The least and the most pixels of a resized image; at least one token fits."""
+        most = max(self.max_pixels if max_pixels is None else max_pixels, self.factor**2)
+        return min(self.min_pixels, most), most
+
 
 @dataclass(frozen=True, slots=True)
 class Tiles:
@@ -80,6 +105,7 @@ class Tiles:
     The rule is that of transformers' `get_optimal_tiled_canvas` (`models/got_ocr2`).
     """
 
+    lasting: ClassVar[bool] = True
     tile: int
     """Side of a tile in pixels."""
     min_tiles: int
@@ -92,6 +118,11 @@ class Tiles:
         count = columns * rows
         tokens = (count + (count > 1)) * self.tokens_per_tile
         return Canvas(columns * self.tile, rows * self.tile, tokens, (columns, rows))
+
+    def processor_options(self, max_pixels: int | None) -> dict[str, Any]:
+        # Whatever the image processor's file says: transformers' InternVLProcessor always cuts.
+        tiles = {"crop_to_patches": True, "min_patches": self.min_tiles, "max_patches": self.most_tiles(max_pixels)}
+        return {"size": {"height": self.tile, "width": self.tile}, **tiles}
 
     def most_tiles(self, max_pixels: int | None) -> int:
         """Tiles one image may have within a pixel budget, at least one; the thumbnail is not counted."""
@@ -116,6 +147,7 @@ class Splits:
     The rule is that of transformers' `SmolVLMImageProcessor`.
     """
 
+    lasting: ClassVar[bool] = False
     longest: int
     """What the longer side is scaled to, in pixels."""
     tile: int
@@ -141,6 +173,10 @@ class Splits:
             return Canvas(width, height, self.tokens_per_tile)
         return Canvas(width, height, (columns * rows + 1) * self.tokens_per_tile, (columns, rows))
 
+    def processor_options(self, max_pixels: int | None) -> dict[str, Any]:
+        size = {"longest_edge": self.longest_side(max_pixels)}
+        return {"size": size, "max_image_size": {"longest_edge": self.tile}, "do_image_splitting": self.split}
+
     def longest_side(self, max_pixels: int | None) -> int:
         """The longer side within a pixel budget: whole tiles of a square, at least one."""
         if max_pixels is None:
@@ -160,6 +196,80 @@ def _scaled(width: int, height: int, longest: int) -> tuple[int, int]:
     return max(1, other + other % 2), longest
 
 
+@dataclass(frozen=True, slots=True)
+class Marks:
+    """The special tokens of a family's prompts, and how they write an image."""
+
+    image: str
+    """Written once per image by the chat template, and in the prompt once per image feature."""
+    end: str
+    """Ends a turn."""
+    control: tuple[str, ...]
+    """Neither taken in the text of a prompt nor sampled. The end of a turn is sampled, but not taken in text either."""
+    write: Callable[[Canvas, str], str]
+    """An image in the prompt, made of runs of image tokens, each as given, and what stands around them."""
+
+    def placeholder(self, canvas: Canvas) -> str:
+        """What takes the place of the image token that the chat template wrote."""
+        runs = self.shortened(canvas).count(self.image)
+        return self.write(canvas, self.image * (canvas.tokens // runs))
+
+    def shortened(self, canvas: Canvas) -> str:
+        """The same with one image token for each run of them: sooner tokenized."""
+        return self.write(canvas, self.image)
+
+    def in_text(self, text: str) -> str | None:
+        """The first token that would break the prompt if this text stood in it."""
+        return next((token for token in (*self.control, self.end) if token in text), None)
+
+
+def _write_smolvlm(canvas: Canvas, run: str) -> str:
+    """Row by row the tiles under their names, then the whole image; only the latter when there is one tile."""
+    around = "<fake_token_around_image>"
+    whole = f"{around}<global-img>{run}{around}"
+    columns, rows = canvas.tiles
+    if columns * rows == 1:
+        return whole
+    named = [[f"{around}<row_{row + 1}_col_{column + 1}>{run}" for column in range(columns)] for row in range(rows)]
+    return "".join("".join(row) + "\n" for row in named) + "\n" + whole
+
+
+_QWEN_MARKS = Marks(
+    image="<|image_pad|>",
+    end="<|im_end|>",
+    control=("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|im_start|>"),
+    # The chat template writes what stands around an image.
+    write=lambda canvas, run: run,
+)
+_INTERNVL_MARKS = Marks(
+    image="<IMG_CONTEXT>",
+    end="<|im_end|>",
+    control=("<IMG_CONTEXT>", "<img>", "</img>", "<video>", "<|im_start|>", "<|image_pad|>", "<|video_pad|>", "<|vision_pad|>"),
+    write=lambda canvas, run: f"<img>{run}</img>",
+)
+_SMOLVLM_MARKS = Marks(
+    image="<image>",
+    end="<end_of_utterance>",
+    control=(
+        *("<image>", "<fake_token_around_image>", "<global-img>", "<video>", "<|im_start|>"),
+        *(f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)),
+    ),
+    write=_write_smolvlm,
+)
+
+# Templates of thinking models (Qwen3.5) begin the completion with a thought, opened or empty.
+_OPENED_THOUGHT = re.compile(r"<think>\s*(</think>\s*)?\Z")
+
+
+def without_opened_thought(prompt: str) -> str:
+    """A rendered prompt without the thought that its chat template begins.
+
+    In the trained contract that is the completion's own part: left in the prompt, a thought would be opened twice and none
+    be rewarded for its form.
+    """
+    return _OPENED_THOUGHT.sub("", prompt)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Convention:
     """One model folder's way with images and boxes."""
@@ -176,6 +286,11 @@ class Convention:
     max_pixels_total: int | None = None
     """Pixels that the images of one prompt share equally."""
 
+    @property
+    def marks(self) -> Marks:
+        """The special tokens of its prompts."""
+        return MARKS[self.model_type]
+
     def pixel_budget(self, images: int) -> int | None:
         """Pixels each of so many images of one prompt may have; None leaves the folder's own limit."""
         budgets = [self.max_pixels] if self.max_pixels is not None else []
@@ -183,24 +298,24 @@ class Convention:
             budgets.append(self.max_pixels_total // images)
         return min(budgets) if budgets else None
 
+    def canvas(self, width: int, height: int, *, images: int = 1) -> Canvas:
+        """What an image becomes as one of so many of a prompt; raises DataError for one the family cannot take."""
+        try:
+            return self.layout.fit(width, height, max_pixels=self.pixel_budget(images))
+        except ValueError as error:
+            raise DataError(
+                f"an image of {width} x {height} pixels cannot be taken by {self.model_type}: {error}; crop it"
+            ) from error
+
     def canvases(self, sizes: Sequence[tuple[int, int]]) -> list[Canvas]:
         """What images of these (width, height) become when they make one prompt."""
-        budget = self.pixel_budget(len(sizes))
-        canvases = []
-        for width, height in sizes:
-            try:
-                canvases.append(self.layout.fit(width, height, max_pixels=budget))
-            except ValueError as error:
-                raise DataError(
-                    f"an image of {width} x {height} pixels cannot be taken by {self.model_type}: {error}; crop it"
-                ) from error
-        return canvases
+        return [self.canvas(width, height, images=len(sizes)) for width, height in sizes]
 
     def grids(self, sizes: Sequence[tuple[int, int]]) -> list[Grid]:
         """How boxes of each image are written when images of these (width, height) make one prompt."""
         if self.per_mille:
             return [PER_MILLE] * len(sizes)
-        return [Grid(width=canvas.width, height=canvas.height) for canvas in self.canvases(sizes)]
+        return [canvas.grid for canvas in self.canvases(sizes)]
 
 
 def load_convention(path: str | Path, *, max_pixels: int | None = None, max_pixels_total: int | None = None) -> Convention:
@@ -237,11 +352,9 @@ def read_json(file: Path) -> dict[str, Any] | None:
 
 
 def _image_processor(folder: Path) -> Mapping[str, Any]:
-    """The image processor's settings: a file of its own, or (transformers 5) a part of processor_config.json."""
-    own = read_json(folder / "preprocessor_config.json")
-    if own is not None:
-        return own
-    return (read_json(folder / "processor_config.json") or {}).get("image_processor") or {}
+    """The image processor's settings: a part of processor_config.json (transformers 5), else a file of its own."""
+    part = (read_json(folder / "processor_config.json") or {}).get("image_processor")
+    return part or read_json(folder / "preprocessor_config.json") or {}
 
 
 def _number(settings: Mapping[str, Any], name: str, default: int) -> int:
@@ -340,6 +453,13 @@ CONVENTIONS: dict[str, Maker] = {
     "smolvlm": _smolvlm,
 }
 """By `model_type` in config.json. SmolVLM has no form of its own and is taught 0-1000."""
+
+MARKS: dict[str, Marks] = {
+    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5"), _QWEN_MARKS),
+    "internvl": _INTERNVL_MARKS,
+    "smolvlm": _SMOLVLM_MARKS,
+}
+"""By `model_type` as well."""
 
 
 GridRule = Callable[[int, int], Grid]

@@ -11,7 +11,6 @@ from dataclasses import astuple, dataclass
 from typing import Literal
 
 import numpy as np
-from scipy.optimize import linear_sum_assignment
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +88,12 @@ def match_boxes(overlaps: Sequence[Sequence[float]]) -> list[tuple[int, int]]:
     matrix = np.asarray(overlaps, dtype=float)
     if matrix.size == 0:
         return []
+    if 1 in matrix.shape:
+        # The common case of one box needs no assignment, and no half second to import scipy.
+        row, column = np.unravel_index(int(matrix.argmax()), matrix.shape)
+        return [(int(row), int(column))] if matrix[row, column] > 0 else []
+    from scipy.optimize import linear_sum_assignment
+
     rows, columns = linear_sum_assignment(matrix, maximize=True)
     return [(int(r), int(c)) for r, c in zip(rows, columns, strict=True) if matrix[r, c] > 0]
 

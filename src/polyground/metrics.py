@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,12 @@ from polyground.records import Rollout
 # Shapes: B bootstrap draws, N examples of one task, K measures.
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
+
+_DRAWN = 1 << 20
+"""Examples drawn at once: bounds the memory of a bootstrap."""
+
+Measure = Callable[[Rollout], float | None]
+"""A number of one rollout in [0, 1], or None where it does not apply."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,13 +59,15 @@ class TaskSummary:
     """Share of rollouts without a usable answer, by reason; reasons that did not occur are left out."""
     truncated: float
     """Share of rollouts cut off by the token budget."""
+    measures: dict[str, Estimate | None] = field(default_factory=dict)
+    """Means of further measures, by name; None where one applies to no example."""
 
     @property
     def unreadable_rate(self) -> float:
         return sum(self.unreadable.values())
 
     def to_json(self) -> dict[str, Any]:
-        return {
+        row = {
             "examples": self.examples,
             "rollouts": self.rollouts,
             "accuracy": {f"{threshold:g}": estimate.to_json() for threshold, estimate in self.accuracy.items()},
@@ -69,6 +77,8 @@ class TaskSummary:
             "unreadable_rate": self.unreadable_rate,
             "truncated": self.truncated,
         }
+        further = {name: None if estimate is None else estimate.to_json() for name, estimate in self.measures.items()}
+        return {**row, "measures": further} if further else row
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -128,25 +138,36 @@ class Difference:
 
 
 def summarize(
-    rollouts: Iterable[Rollout], *, ious: Sequence[float] = (0.5, 0.7, 0.3), bootstrap: int = 1000, seed: int = 0
+    rollouts: Iterable[Rollout],
+    *,
+    ious: Sequence[float] = (0.5, 0.7, 0.3),
+    bootstrap: int = 1000,
+    seed: int = 0,
+    measures: Mapping[str, Measure] | None = None,
 ) -> Summary:
-    """The table of one model: each task, their macro average, and the average over examples."""
-    rows = list(rollouts)
+    """The table of one model: each task, their macro average, and the average over examples.
+
+    `measures` adds columns of one's own; they move no other interval.
+    """
+    rows, further = list(rollouts), dict(measures or {})
     if not rows:
         raise DataError("no rollouts to summarise; run `evaluate` first")
     by_task: dict[str, list[Rollout]] = defaultdict(list)
     for row in rows:
         by_task[row.task].append(row)
     names = sorted(by_task)
-    values = {task: _per_example(by_task[task], ious) for task in names}
+    values = {task: _per_example(by_task[task], ious, list(further.values())) for task in names}
     draws = {task: _bootstrap_means(values[task], draws=bootstrap, seed=seed, name=task) for task in names}
     sizes = np.array([len(values[task]) for task in names], dtype=float)
-    tasks = {task: _task_summary(by_task[task], len(values[task]), _nan_mean(values[task]), draws[task], ious) for task in names}
+    columns = (tuple(ious), tuple(further))
+    tasks = {
+        task: _task_summary(by_task[task], _nan_mean(values[task]), draws[task], columns, len(values[task])) for task in names
+    }
     means_TK = np.stack([_nan_mean(values[task]) for task in names])
     draws_TBK = np.stack([draws[task] for task in names])
     known_TK = np.stack([np.sum(~np.isnan(values[task]), axis=0) for task in names])
-    macro = _average(tasks, _nan_mean(means_TK), _nan_mean(draws_TBK), ious, np.ones(len(names)))
-    micro = _average(tasks, _nan_mean(means_TK, known_TK), _nan_mean(draws_TBK, known_TK[:, None, :]), ious, sizes)
+    macro = _average(tasks, _nan_mean(means_TK), _nan_mean(draws_TBK), columns, np.ones(len(names)))
+    micro = _average(tasks, _nan_mean(means_TK, known_TK), _nan_mean(draws_TBK, known_TK[:, None, :]), columns, sizes)
     return Summary(tasks=tasks, macro=macro, micro=micro, ious=tuple(ious), bootstrap=bootstrap, seed=seed)
 
 
@@ -182,8 +203,8 @@ def paired_difference(
     every = np.concatenate(list(columns.values()))
     tail = min(int(np.sum(macro_B <= 0)), int(np.sum(macro_B >= 0)))
     return Difference(
-        tasks={task: _estimate(float(columns[task].mean()), draws[task]) for task in columns},
-        macro=_estimate(macro, macro_B),
+        tasks={task: estimate(float(columns[task].mean()), draws[task]) for task in columns},
+        macro=estimate(macro, macro_B),
         examples=len(a),
         better=int(np.sum(every > 0)),
         worse=int(np.sum(every < 0)),
@@ -201,18 +222,28 @@ def pass_rates(groups: Iterable[Sequence[Rollout]], *, threshold: float = 0.5) -
     return rates
 
 
-def _per_example(rows: Sequence[Rollout], ious: Sequence[float]) -> Array:
-    """[N, K] means over the samples of each example: accuracy at each IoU, mean IoU, image accuracy (NaN where unknown)."""
+Columns = tuple[tuple[float, ...], tuple[str, ...]]
+"""What K counts: accuracy at each of these IoUs, mean IoU, image accuracy, then each of these further measures."""
+
+
+def _per_example(rows: Sequence[Rollout], ious: Sequence[float], measures: Sequence[Measure]) -> Array:
+    """[N, K] means over the samples of each example, NaN where unknown."""
     by_example: dict[str, list[Rollout]] = defaultdict(list)
     for row in rows:
         by_example[row.example].append(row)
     table = []
     for group in by_example.values():
         overlaps = [row.score.iou for row in group]
-        images = [row.score.image_correct for row in group if row.score.image_correct is not None]
-        accuracies = [float(np.mean([reaches(o, threshold) for o in overlaps])) for threshold in ious]
-        table.append([*accuracies, float(np.mean(overlaps)), float(np.mean(images)) if images else np.nan])
+        accuracies = [_mean_known([float(reaches(overlap, threshold)) for overlap in overlaps]) for threshold in ious]
+        images = _mean_known([row.score.image_correct for row in group])
+        further = [_mean_known([measure(row) for row in group]) for measure in measures]
+        table.append([*accuracies, _mean_known(overlaps), images, *further])
     return np.array(table)
+
+
+def _mean_known(numbers: Sequence[float | None]) -> float:
+    known = [number for number in numbers if number is not None]
+    return sum(known) / len(known) if known else float("nan")
 
 
 def _example_means(rows: Iterable[Rollout], measure: Callable[[Rollout], float]) -> dict[tuple[str, str], float]:
@@ -240,12 +271,18 @@ def _bootstrap_means(values_NK: Array, *, draws: int, seed: int, name: str) -> A
         return _nan_mean(values_NK)[None, :]
     rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
     examples = len(values_NK)
-    counts_BN = rng.multinomial(examples, np.full(examples, 1 / examples), size=draws).astype(float)
-    known_NK = ~np.isnan(values_NK)
-    return _ratio(counts_BN @ np.nan_to_num(values_NK), counts_BN @ known_NK.astype(float))
+    known_NK, filled_NK = (~np.isnan(values_NK)).astype(float), np.nan_to_num(values_NK)
+    means, step = [], max(1, _DRAWN // examples)
+    for start in range(0, draws, step):
+        few = min(step, draws - start)
+        drawn_BN = rng.integers(examples, size=(few, examples)) + examples * np.arange(few)[:, None]
+        counts_BN = np.bincount(drawn_BN.ravel(), minlength=few * examples).reshape(few, examples).astype(float)
+        means.append(_ratio(counts_BN @ filled_NK, counts_BN @ known_NK))
+    return np.concatenate(means)
 
 
-def _estimate(value: float, draws_B: Array) -> Estimate:
+def estimate(value: float, draws_B: Array) -> Estimate:
+    """A mean with the interval that its bootstrap draws span; without draws the interval is the mean itself."""
     known = draws_B[~np.isnan(draws_B)]
     if not len(known):
         return Estimate(value, value, value)
@@ -253,29 +290,29 @@ def _estimate(value: float, draws_B: Array) -> Estimate:
     return Estimate(value, float(low), float(high))
 
 
-def _task_summary(rows: Sequence[Rollout], examples: int, means_K: Array, draws_BK: Array, ious: Sequence[float]) -> TaskSummary:
+def _task_summary(rows: Sequence[Rollout], means_K: Array, draws_BK: Array, columns: Columns, examples: int) -> TaskSummary:
     reasons = Counter(row.score.unreadable for row in rows if row.score.unreadable is not None)
     return TaskSummary(
         examples=examples,
         rollouts=len(rows),
         unreadable={reason: times / len(rows) for reason, times in sorted(reasons.items())},
         truncated=sum(row.completion.truncated for row in rows) / len(rows),
-        **_estimates(means_K, draws_BK, ious),
+        **_estimates(means_K, draws_BK, columns),
     )
 
 
-def _estimates(means_K: Array, draws_BK: Array, ious: Sequence[float]) -> dict[str, Any]:
-    columns = [_estimate(float(mean), draws_BK[:, k]) for k, mean in enumerate(means_K)]
+def _estimates(means_K: Array, draws_BK: Array, columns: Columns) -> dict[str, Any]:
+    ious, further = columns
+    known = [None if np.isnan(mean) else estimate(float(mean), draws_BK[:, k]) for k, mean in enumerate(means_K)]
     return {
-        "accuracy": dict(zip(ious, columns, strict=False)),
-        "mean_iou": columns[-2],
-        "image_accuracy": None if np.isnan(means_K[-1]) else columns[-1],
+        "accuracy": dict(zip(ious, known, strict=False)),
+        "mean_iou": known[len(ious)],
+        "image_accuracy": known[len(ious) + 1],
+        "measures": dict(zip(further, known[len(ious) + 2 :], strict=True)),
     }
 
 
-def _average(
-    tasks: dict[str, TaskSummary], means_K: Array, draws_BK: Array, ious: Sequence[float], weights_T: Array
-) -> TaskSummary:
+def _average(tasks: dict[str, TaskSummary], means_K: Array, draws_BK: Array, columns: Columns, weights_T: Array) -> TaskSummary:
     reasons = sorted({reason for task in tasks.values() for reason in task.unreadable})
 
     def average(shares: list[float]) -> float:
@@ -286,5 +323,5 @@ def _average(
         rollouts=sum(task.rollouts for task in tasks.values()),
         unreadable={reason: average([task.unreadable.get(reason, 0.0) for task in tasks.values()]) for reason in reasons},
         truncated=average([task.truncated for task in tasks.values()]),
-        **_estimates(means_K, draws_BK, ious),
+        **_estimates(means_K, draws_BK, columns),
     )

@@ -1,14 +1,19 @@
 """What a model is shown: the layout of images, boxes and choices in a prompt, and the requests made of a teacher.
 
-The annotation's answer and `Example.meta` never enter a student prompt. Chat templates and tokens belong to models.
+The annotation's answer and `Example.meta` never enter a student prompt. Chat templates and tokens belong to models. Texts
+are data, each with a version, in `prompt_texts/`.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from string import Template, ascii_uppercase
+
+import yaml
 
 from polyground.answer import Located, write_answer
 from polyground.errors import ConfigError, DataError
@@ -18,26 +23,29 @@ from polyground.records import Example, Message
 PROMPT_VERSION = "1"
 """Goes up when any prompt text or layout changes: answers to different versions do not compare."""
 
-TEACHER_TEMPLATES: dict[str, Template] = {
-    "ask": Template(
-        "$question\n\n"
-        "Reason step by step about what each image shows and how the images relate, in two to six short sentences. Name "
-        "images by their number. Do not write coordinates in the reasoning.\n"
-        "Then give the answer. $coordinates\n"
-        "Reply in exactly this form and write nothing else:\n"
-        "<think>your reasoning</think><answer>$form</answer>"
-    ),
-    "explain": Template(
-        "$question\n\n"
-        "The correct answer is: $answer\n"
-        "Write the reasoning that leads from the images to this answer, in two to six short sentences, as if you had found "
-        "it yourself: do not say that the answer was given, and do not write coordinates in the reasoning.\n"
-        "$coordinates\n"
-        "Reply in exactly this form and write nothing else:\n"
-        "<think>your reasoning</think><answer>$answer</answer>"
-    ),
-}
+
+@dataclass(frozen=True, slots=True)
+class Instruction:
+    """What follows a benchmark's question."""
+
+    name: str
+    version: str
+    boxes: str
+    """After a grounding question."""
+    choice: str
+    """After a multiple choice."""
+
+
+def _texts(file: str) -> dict[str, dict[str, str]]:
+    found: dict[str, dict[str, str]] = yaml.safe_load((resources.files("polyground") / "prompt_texts" / file).read_text("utf-8"))
+    return found
+
+
+TEACHER_TEMPLATES: dict[str, Template] = {name: Template(entry["text"]) for name, entry in _texts("teacher.yaml").items()}
 """`ask` hides the annotation, so its answer can be checked; `explain` shows it and is for questions the teacher fails."""
+
+INSTRUCTIONS: dict[str, Instruction] = {name: Instruction(name, **entry) for name, entry in _texts("instructions.yaml").items()}
+"""By the name that `evaluate.instruction` gives."""
 
 
 def student_messages(example: Example, grids: Sequence[Grid], *, instruction: str = "") -> list[Message]:

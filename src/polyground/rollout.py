@@ -10,7 +10,9 @@ from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
+from polyground.errors import DataError
 from polyground.geometry import Grid
+from polyground.imagefile import FILE_REASONS, ImageError
 from polyground.records import Completion, Example, Message, Rollout, Score
 from polyground.rewards import passed, reaches
 from polyground.sampling import Sampler
@@ -72,19 +74,33 @@ def rollout_groups(
         few = examples[start : start + batch]
         if all(example.key in done for example in few):
             continue
-        asked = [ask(example) for example in few]
-        sampled = sampler.sample(
-            [messages for messages, _ in asked],
-            n=n,
-            temperature=temperature,
-            top_p=top_p,
-            max_tokens=max_tokens,
-            seed=seed,
-            keys=[example.key for example in few],
-        )
+        try:
+            asked = [ask(example) for example in few]
+            sampled = sampler.sample(
+                [messages for messages, _ in asked],
+                n=n,
+                temperature=temperature,
+                top_p=top_p,
+                max_tokens=max_tokens,
+                seed=seed,
+                keys=[example.key for example in few],
+            )
+        except ImageError as error:
+            raise _in_its_row(error, few) from error
         for example, (_, grids), completions in zip(few, asked, sampled, strict=True):
             if example.key not in done:
                 yield Group(example, tuple(_rollouts(example, completions, judge=judge, grids=grids)))
+
+
+def _in_its_row(error: ImageError, examples: Sequence[Example]) -> DataError:
+    """The error with the keys of the examples whose image it is, and how to go on without them."""
+    keys = ", ".join(example.key for example in examples if error.path in example.images)
+    if error.reason not in FILE_REASONS:
+        return DataError(f"{keys}: {error}")
+    return DataError(
+        f"{keys}: {error}. What is done so far is kept; `options: {{check_images: decode}}` at a data file finds all such rows "
+        "before a model is loaded, and `on_bad: quarantine` leaves them out of training data"
+    )
 
 
 def _rollouts(example: Example, completions: Sequence[Completion], *, judge: Judge, grids: Sequence[Grid]) -> Iterator[Rollout]:

@@ -10,6 +10,7 @@ import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from polyground.errors import DataError
 from polyground.records import Example
@@ -28,6 +29,15 @@ class Leak:
     """Key of an example of the first split that shows it."""
     second: str
     """Key of an example of the second."""
+
+
+class Shows(Protocol):
+    """An example, as far as leakage goes."""
+
+    @property
+    def key(self) -> str: ...
+    @property
+    def images(self) -> tuple[Path, ...]: ...
 
 
 class ImageHashes:
@@ -49,7 +59,7 @@ class ImageHashes:
         return self._known[path]
 
 
-def find_leaks(first: Iterable[Example], second: Iterable[Example], *, hashes: ImageHashes | None = None) -> list[Leak]:
+def find_leaks(first: Iterable[Shows], second: Iterable[Shows], *, hashes: ImageHashes | None = None) -> list[Leak]:
     """Every image of the second split that the first also has, once, in the second's order."""
     hashes = hashes or ImageHashes()
     owners: dict[str, str] = {}

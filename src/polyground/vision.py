@@ -9,7 +9,6 @@ import base64
 import hashlib
 import io
 import math
-import struct
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,26 +16,11 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
+from polyground.conventions import Canvas, Convention
 from polyground.errors import DataError
 from polyground.geometry import Box
-
-MAX_PIXELS = 89_478_485
-"""Larger images are refused before they are decoded (Pillow's own limit against decompression bombs)."""
-
-# What EXIF tag 274 says must be done to show the picture upright.
-_ORIENTATION = 274
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-
-# What Pillow's decoders raise for damaged files; UnidentifiedImageError is an OSError.
-_DAMAGED = (OSError, SyntaxError, ValueError, EOFError, struct.error, IndexError)
+from polyground.imagefile import ImageError, decoded, problem_of
+from polyground.imagefile import image_size as image_size
 
 
 def load_image(path: Path) -> Image.Image:
@@ -44,26 +28,13 @@ def load_image(path: Path) -> Image.Image:
 
     Raises DataError, naming the file, for one that is missing, damaged, cut short or larger than MAX_PIXELS.
     """
-    with _open(path) as image:
-        turn = _UPRIGHT.get(_orientation(image))
-        try:
-            image.load()
-            rgb = _to_rgb(image)
-        except _DAMAGED as error:
-            raise DataError(f"{path}: the image is cut short or damaged ({error}); fetch or export it again") from error
-    return rgb.transpose(turn) if turn is not None else rgb
-
-
-def image_size(path: Path) -> tuple[int, int]:
-    """(width, height) of the upright picture, from the header alone."""
-    with _open(path) as image:
-        width, height = image.size
-        return (height, width) if _orientation(image) >= 5 else (width, height)
+    with decoded(path) as image:
+        return _to_rgb(image)
 
 
 def check_images(paths: Iterable[Path]) -> None:
     """Raise one DataError that names the first ten image files which do not exist."""
-    missing = [path for path in dict.fromkeys(map(Path, paths)) if not path.is_file()]
+    missing = [path for path in dict.fromkeys(map(Path, paths)) if problem_of(path) is not None]
     if missing:
         names = "\n".join(f"  {path}" for path in missing[:10])
         more = f"\n  and {len(missing) - 10} more" if len(missing) > 10 else ""
@@ -76,10 +47,13 @@ def image_hash(path: Path) -> str:
     return hashlib.sha256(f"{image.width}x{image.height}:".encode() + image.tobytes()).hexdigest()
 
 
-def draw_boxes(image: Image.Image, boxes: Sequence[tuple[Box, str, str]], *, min_side: int = 448) -> Image.Image:
+def draw_boxes(
+    image: Image.Image, boxes: Sequence[tuple[Box, str, str]], *, min_side: int = 448, halo: bool = False
+) -> Image.Image:
     """A copy with each (box, label, colour) outlined; a small image is first enlarged so that lines and labels stay crisp.
 
-    The label may be empty. Boxes are drawn in order, later ones on top.
+    The label may be empty. Boxes are drawn in order, later ones on top. `halo` puts a white rim around every line, for boxes on
+    objects of any colour.
     """
     factor = max(1, math.ceil(min_side / max(image.size)))
     canvas = image.convert("RGB")
@@ -87,10 +61,15 @@ def draw_boxes(image: Image.Image, boxes: Sequence[tuple[Box, str, str]], *, min
         canvas = canvas.resize((image.width * factor, image.height * factor), Image.Resampling.LANCZOS)
     draw = ImageDraw.Draw(canvas)
     scale = max(canvas.size)
-    line, font = max(2, scale // 200), _font(max(12, scale // 32))
+    line, font = max(2, scale // 200) + halo, _font(max(12, scale // 32))
     for box, label, colour in boxes:
         left, top, right, bottom = (round(n) for n in box.to_pixels(width=canvas.width, height=canvas.height))
-        draw.rectangle((left, top, max(left, right - 1), max(top, bottom - 1)), outline=colour, width=line)
+        corners = (left, top, max(left, right - 1), max(top, bottom - 1))
+        if halo:
+            rim = max(1, line // 3)
+            wider = (corners[0] - rim, corners[1] - rim, corners[2] + rim, corners[3] + rim)
+            draw.rectangle(wider, outline="white", width=line + 2 * rim)
+        draw.rectangle(corners, outline=colour, width=line)
         if label:
             _draw_label(draw, canvas.size, (left, top), label, colour, font)
     return canvas
@@ -120,6 +99,56 @@ def contact_sheet(
     return sheet
 
 
+def canvas_of(path: Path, size: tuple[int, int], convention: Convention, *, images: int) -> Canvas:
+    """What a family makes of this (width, height) among so many images of a prompt; ImageError names what it cannot take."""
+    width, height = size
+    try:
+        return convention.canvas(width, height, images=images)
+    except DataError as error:
+        raise ImageError(path, "thin_image", str(error)) from error
+
+
+def text_strip(
+    text: str, *, width: int, size: int = 15, ink: str = "black", paper: str = "white", margin: int = 6
+) -> Image.Image:
+    """The text, wrapped, on a strip of this width and as high as it needs."""
+    font = _font(size)
+    lines = _wrap(text, font, width - 2 * margin).split("\n")
+    line_height = math.ceil(font.getbbox("Ag")[3]) + max(2, size // 5)
+    strip = Image.new("RGB", (width, line_height * len(lines) + 2 * margin), paper)
+    draw = ImageDraw.Draw(strip)
+    for row, line in enumerate(lines):
+        draw.text((margin, margin + row * line_height), line, fill=ink, font=font)
+    return strip
+
+
+def stacked(images: Sequence[Image.Image], *, gap: int = 0, paper: str = "white") -> Image.Image:
+    """The images one below another, flush left."""
+    width, height = max(image.width for image in images), sum(image.height for image in images) + gap * (len(images) - 1)
+    sheet = Image.new("RGB", (width, height), paper)
+    top = 0
+    for image in images:
+        sheet.paste(image, (0, top))
+        top += image.height + gap
+    return sheet
+
+
+def beside(images: Sequence[Image.Image], *, gap: int = 0, paper: str = "white") -> Image.Image:
+    """The images in one row, their upper edges level."""
+    width, height = sum(image.width for image in images) + gap * (len(images) - 1), max(image.height for image in images)
+    sheet = Image.new("RGB", (width, height), paper)
+    left = 0
+    for image in images:
+        sheet.paste(image, (left, 0))
+        left += image.width + gap
+    return sheet
+
+
+def fitted(image: Image.Image, side: int) -> Image.Image:
+    """The image, its longer side scaled to `side`."""
+    return _fit(image.convert("RGB"), side)
+
+
 def to_data_uri(image: Image.Image, *, kind: str = "PNG") -> str:
     """The image as a `data:` URI, for one HTML file or an OpenAI-style request; PNG is lossless."""
     buffer = io.BytesIO()
@@ -127,49 +156,24 @@ def to_data_uri(image: Image.Image, *, kind: str = "PNG") -> str:
     return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
 
 
-def _open(path: Path) -> Image.Image:
-    try:
-        image = Image.open(path)
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: no such image; check the image root of the data") from error
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise DataError(_too_large(path)) from error
-    except _DAMAGED as error:
-        raise DataError(f"{path}: not a readable image ({error}); fetch or export it again") from error
-    if image.width * image.height > MAX_PIXELS:
-        image.close()
-        raise DataError(_too_large(path))
-    return image
-
-
-def _too_large(path: Path) -> str:
-    return f"{path}: more than {MAX_PIXELS:,} pixels; scale the image down (its boxes are relative, they stay right)"
-
-
-def _orientation(image: Image.Image) -> int:
-    # PngImageFile.getexif decodes the whole picture in search of a late chunk; the base class reads what the header gave.
-    # Both load_image and image_size ask here, so they always agree.
-    try:
-        return int(Image.Image.getexif(image).get(_ORIENTATION, 1))
-    except (SyntaxError, ValueError, TypeError, KeyError, struct.error):
-        return 1
-
-
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
-        return _grey_to_rgb(np.asarray(image), whole=image.mode != "F")
+        return _grey_to_rgb(np.asarray(image), mode=image.mode)
     if "A" in image.getbands() or "transparency" in image.info:
         layer = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
     return image.convert("RGB")
 
 
-def _grey_to_rgb(values: np.ndarray[Any, Any], *, whole: bool) -> Image.Image:
-    """16-bit whole numbers lose their low byte (Pillow's own conversion saturates them); floats in [0, 1] are stretched."""
+def _grey_to_rgb(values: np.ndarray[Any, Any], *, mode: str) -> Image.Image:
+    """16-bit whole numbers lose their low byte (Pillow's own conversion saturates them); floats in [0, 1] are stretched.
+
+    32-bit whole numbers have no range of their own: those above 255 are taken for 16-bit ones.
+    """
     numbers = np.nan_to_num(values.astype(np.float64))
-    if whole:
-        numbers = numbers / 257 if numbers.max(initial=0) > 255 else numbers
-    elif numbers.max(initial=0) <= 1:
+    if mode.startswith("I;16") or (mode == "I" and numbers.max(initial=0) > 255):
+        numbers = numbers / 257
+    elif mode == "F" and numbers.max(initial=0) <= 1:
         numbers = numbers * 255
     return Image.fromarray(np.clip(np.rint(numbers), 0, 255).astype(np.uint8)).convert("RGB")
 

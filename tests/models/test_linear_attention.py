@@ -5,20 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
-from torch import Tensor
+from packed import RAGGED, SINGLE, TEMPERATURE, gradients, packed_logprobs, relative, row_logprobs, with_adapter
 
 from polyground.batches import pack_group
 from polyground.losses import token_scores
 from polyground.models import Loaded, Prompt, load_model
 from polyground.models.linear_attention import Branches, packed_mask
 from polyground.records import Message
-from polyground.training.grpo import score_group
 from toys import write_image, write_toy
-
-TEMPERATURE = 0.9
-RAGGED = [[70, 71, 72, 73, 74], [80], [65, 66, 67, 68, 69, 70, 71, 72, 73], [90, 91]]
-SINGLE = [[70], [71], [72]]
 
 
 @pytest.fixture(scope="module")
@@ -28,11 +22,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def adapted(folder: Path) -> Loaded:
-    """With an adapter on every linear layer that changes what the model says."""
-    loaded = load_model(folder)
-    torch.manual_seed(0)
-    lora = LoraConfig(r=4, target_modules=loaded.family.lora_targets, init_lora_weights=False)
-    return Loaded(get_peft_model(loaded.model, lora), loaded.family, loaded.path, loaded.config)
+    return with_adapter(folder)
 
 
 @pytest.fixture(scope="module")
@@ -42,47 +32,9 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ...]:
     return square, wide, write_image(folder / "tall.png", "white", height=84)
 
 
-def packed_logprobs(loaded: Loaded, prompt: Prompt, completions: list[list[int]]) -> Tensor:
-    features = loaded.family.encode_images(loaded.model, prompt)
-    packed = pack_group(prompt, completions)
-    return score_group(loaded.model, loaded.family, packed, features, temperature=TEMPERATURE).logprobs_N
-
-
-def row_logprobs(loaded: Loaded, prompt: Prompt, completions: list[list[int]]) -> Tensor:
-    """The same, each completion in a forward pass of its own."""
-    rows = []
-    for completion in completions:
-        ids = torch.tensor(completion)
-        after = (torch.arange(len(ids)) + prompt.next_position).expand(3, -1)
-        output = loaded.family.forward(
-            loaded.model,
-            input_ids=torch.cat([prompt.input_ids, ids])[None],
-            position_ids=torch.cat([prompt.position_ids, after], dim=1)[:, None],
-            features=[loaded.family.encode_images(loaded.model, prompt)],
-            use_cache=False,
-        )
-        rows.append(token_scores(output.logits[0, len(prompt) - 1 : -1], ids, temperature=TEMPERATURE).logprobs_N)
-    return torch.cat(rows)
-
-
-def gradients(loaded: Loaded, logprobs: Tensor) -> dict[str, Tensor]:
-    loaded.model.zero_grad()
-    weights = torch.linspace(-1, 1, len(logprobs)).exp()
-    (logprobs * weights).sum().backward()
-    return {n: p.grad.clone() for n, p in loaded.model.named_parameters() if p.grad is not None}
-
-
-def relative(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
-    """The largest distance of one weight's gradient, relative to its length."""
-    assert ours.keys() == theirs.keys()
-    return max(float((ours[n] - theirs[n]).norm() / theirs[n].norm()) for n in theirs)
-
-
 @pytest.mark.parametrize("completions", [RAGGED, SINGLE], ids=["ragged", "one-token-each"])
 @pytest.mark.parametrize("count", [0, 1, 2, 3])
-def test_a_packed_group_is_its_rows(
-    adapted: Loaded, images: tuple[Path, ...], count: int, completions: list[list[int]]
-) -> None:
+def test_a_packed_group_is_its_rows(adapted: Loaded, images: tuple[Path, ...], count: int, completions: list[list[int]]) -> None:
     prompt = adapted.family.encode([Message("user", (*images[:count], "where is it?"))])
     ours, theirs = (score(adapted, prompt, completions) for score in (packed_logprobs, row_logprobs))
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
@@ -102,7 +54,7 @@ def test_a_prompt_of_several_chunks_is_carried_over(adapted: Loaded, images: tup
 
 @pytest.mark.parametrize("length", [1, 2, 3, 4])
 def test_a_prompt_shorter_than_the_convolution_is_carried_over(adapted: Loaded, length: int) -> None:
-    prompt = Prompt(torch.arange(70, 70 + length), None, None, torch.arange(length).expand(3, -1), length)
+    prompt = Prompt(torch.arange(70, 70 + length), torch.arange(length).expand(3, -1), length)
     ours, theirs = (score(adapted, prompt, RAGGED) for score in (packed_logprobs, row_logprobs))
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 

@@ -1,4 +1,4 @@
-"""The Qwen family: prompts as the reference implementation sees them, grids, and features that stand in for pixels."""
+"""The Qwen family: its rotary positions, grids and patches."""
 
 import copy
 from pathlib import Path
@@ -8,11 +8,11 @@ import torch
 
 from polyground.errors import DataError, ModelError
 from polyground.geometry import PER_MILLE, Grid
-from polyground.models import Loaded, Prompt, load_family, load_model
+from polyground.models import Loaded, load_family, load_model
 from polyground.records import Message
-from toys import write_image, write_toy
+from toys import plain_inputs, write_image, write_toy
 
-KINDS = ("qwen3_vl", "qwen2_5_vl", "qwen3_5")
+KINDS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5")
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -31,11 +31,6 @@ def _ask(*images: Path) -> list[Message]:
     return [Message("user", (*images, "where is it?"))]
 
 
-def _pixels(loaded: Loaded, prompt: Prompt) -> dict:
-    is_image = (prompt.input_ids == loaded.config["image_token_id"]).int()[None]
-    return {"pixel_values": prompt.pixel_values, "image_grid_thw": prompt.image_grid_thw, "mm_token_type_ids": is_image}
-
-
 @pytest.mark.parametrize("count", [0, 1, 2, 3])
 def test_positions_are_those_of_transformers(loaded: Loaded, images: tuple[Path, ...], count: int) -> None:
     prompt = loaded.family.encode(_ask(*images[:count]))
@@ -43,10 +38,9 @@ def test_positions_are_those_of_transformers(loaded: Loaded, images: tuple[Path,
     if count == 0:
         assert prompt.position_ids.tolist() == [list(range(len(prompt)))] * 3
         return
-    inputs = _pixels(loaded, prompt)
-    expected, delta = loaded.model.model.get_rope_index(
-        prompt.input_ids[None], mm_token_type_ids=inputs["mm_token_type_ids"], image_grid_thw=prompt.image_grid_thw
-    )
+    inputs = plain_inputs(loaded, prompt)
+    del inputs["pixel_values"]
+    expected, delta = loaded.model.model.get_rope_index(**inputs)
     assert torch.equal(prompt.position_ids, expected[:, 0])
     assert prompt.next_position == len(prompt) + int(delta)
 
@@ -57,32 +51,6 @@ def test_each_image_has_one_placeholder_per_token_in_the_place_where_it_was_put(
     assert text.replace("<|image_pad|>", "#") == (
         "<|im_start|>user\nA<|vision_start|>####<|vision_end|>B<|vision_start|>######<|vision_end|><|im_end|>\n<|im_start|>assistant\n"
     )
-
-
-@pytest.mark.parametrize("count", [1, 3])
-def test_features_computed_before_give_the_logits_of_pixels(loaded: Loaded, images: tuple[Path, ...], count: int) -> None:
-    prompt = loaded.family.encode(_ask(*images[:count]))
-    with torch.no_grad():
-        expected = loaded.model(input_ids=prompt.input_ids[None], **_pixels(loaded, prompt)).logits
-        features = [loaded.family.encode_images(loaded.model, prompt)]
-        ids, positions = prompt.input_ids[None], prompt.position_ids[:, None]
-        for _ in range(2):
-            output = loaded.family.forward(loaded.model, input_ids=ids, position_ids=positions, features=features)
-            assert torch.allclose(output.logits, expected, atol=1e-5)
-
-
-def test_encoding_several_prompts_at_once_changes_nothing(loaded: Loaded, images: tuple[Path, ...]) -> None:
-    prompts = [loaded.family.encode(_ask(*images[:count])) for count in (2, 0, 3, 1)]
-    together = loaded.family.encode_images_of(loaded.model, prompts)
-    assert [len(f) for f in together] == [10, 0, 16, 4]
-    for prompt, features in zip(prompts, together, strict=True):
-        alone = loaded.family.encode_images(loaded.model, prompt)
-        assert torch.allclose(features.embeds, alone.embeds, atol=1e-5)
-        assert len(features.deepstack) == len(alone.deepstack)
-
-
-def test_features_carry_no_gradient(loaded: Loaded, images: tuple[Path, ...]) -> None:
-    assert not loaded.family.encode_images(loaded.model, loaded.family.encode(_ask(images[0]))).embeds.requires_grad
 
 
 def test_patches_embedded_by_a_product_are_those_of_the_convolution(loaded: Loaded) -> None:
@@ -96,25 +64,6 @@ def test_a_deep_copy_embeds_patches_with_its_own_weights(loaded: Loaded) -> None
     torch.nn.init.zeros_(twin.proj.weight)
     patches = torch.ones(1, 3 * 2 * 14 * 14)
     assert not torch.equal(twin(patches), loaded.model.model.visual.patch_embed(patches))
-
-
-def test_a_completion_is_decoded_without_its_end(loaded: Loaded) -> None:
-    text = '<think>Image 2.</think><answer>[{"image": 2, "bbox_2d": [1, 2, 3, 4]}]</answer>'
-    ids = loaded.family.completion_ids(text)
-    assert ids[-1] == loaded.family.end_token_id
-    assert loaded.family.decode(ids) == loaded.family.decode(ids[:-1]) == text
-
-
-def test_image_tokens_and_rows_without_a_token_are_banned(loaded: Loaded) -> None:
-    banned = loaded.family.banned_token_ids
-    assert {loaded.config["image_token_id"], loaded.config["video_token_id"]} <= set(banned)
-    assert set(range(len(loaded.family.tokenizer), len(loaded.family.tokenizer) + 5)) <= set(banned)
-    assert loaded.family.end_token_id not in banned
-
-
-def test_text_that_holds_a_placeholder_is_refused(loaded: Loaded) -> None:
-    with pytest.raises(DataError, match="image_pad"):
-        loaded.family.encode([Message("user", ("look: <|image_pad|>",))])
 
 
 @pytest.mark.parametrize("opening", ["<think>\n", "<think>\n\n</think>\n\n"], ids=["opened", "empty"])
@@ -141,7 +90,7 @@ def test_qwen3_and_3_5_write_boxes_per_mille_and_qwen2_5_in_pixels_as_processed(
     assert load_family(write_toy(tmp_path / "three", "qwen3_vl")).grids([big]) == [PER_MILLE]
     assert load_family(write_toy(tmp_path / "three-five", "qwen3_5")).grids([big]) == [PER_MILLE]
     family = load_family(write_toy(tmp_path / "two", "qwen2_5_vl"))
-    grid = family.encode(_ask(big)).image_grid_thw[0]
+    grid = family.encode(_ask(big)).vision["image_grid_thw"][0]
     assert family.grids([big]) == [Grid(width=int(grid[2]) * 14, height=int(grid[1]) * 14)]
 
 

@@ -1,5 +1,7 @@
 """The endpoint sampler against a small server in this process."""
 
+import base64
+import io
 import json
 import threading
 from collections.abc import Callable, Iterator
@@ -7,8 +9,10 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
-from polyground.errors import ConfigError, ModelError
+from polyground.conventions import Convention, Layout, SmartResize, Splits, Tiles
+from polyground.errors import ConfigError, DataError, ModelError
 from polyground.records import Completion, Message
 from polyground.sampling.endpoint import EndpointSampler
 from toys import write_image
@@ -88,6 +92,50 @@ def test_images_are_sent_as_data_uris_in_their_place(server: Server, tmp_path: P
     parts = server.requests[0]["messages"][0]["content"]
     assert [part["type"] for part in parts] == ["text", "image_url", "text"]
     assert parts[1]["image_url"]["url"].startswith("data:image/png;base64,")
+
+
+def _sent(request: dict) -> list[Image.Image]:
+    uris = [part["image_url"]["url"] for part in request["messages"][0]["content"] if part["type"] == "image_url"]
+    return [Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))) for uri in uris]
+
+
+PIXELS = SmartResize(28, 28 * 28, 56 * 84)
+TILES = Tiles(tile=56, min_tiles=1, max_tiles=4, tokens_per_tile=4)
+SPLITS = Splits(longest=112, tile=56, tokens_per_tile=4)
+
+
+@pytest.mark.parametrize(
+    ("layout", "budget", "sizes", "options"),
+    [
+        pytest.param(PIXELS, None, [(112, 28), (56, 56)], None, id="pixels"),
+        pytest.param(PIXELS, 2 * 28 * 28, [(28, 28), (28, 28)], None, id="pixels-shared-budget"),
+        pytest.param(TILES, None, [(168, 56), (56, 56)], None, id="tiles"),
+        pytest.param(TILES, 2 * 2 * 56 * 56, [(112, 56), (56, 56)], None, id="tiles-shared-budget"),
+        pytest.param(SPLITS, None, [(300, 90), (60, 60)], None, id="splits"),
+        pytest.param(SPLITS, 2 * 56 * 56, [(300, 90), (60, 60)], SPLITS.processor_options(56 * 56), id="splits-shared-budget"),
+    ],
+)
+def test_images_are_sent_as_the_convention_of_the_served_model_reads_them(
+    server: Server, tmp_path: Path, layout: Layout, budget: int | None, sizes: list[tuple[int, int]], options: dict | None
+) -> None:
+    convention = Convention(model_type="m", native=None, layout=layout, per_mille=False, max_pixels_total=budget)
+    shapes = [(300, 90), (60, 60)]
+    images = [write_image(tmp_path / f"{width}.png", width=width, height=height) for width, height in shapes]
+    _sample(EndpointSampler(server.url, "m", convention=convention), [Message("user", (*images, "where?"))], n=1)
+    [request] = server.requests
+    sent = _sent(request)
+    assert [image.size for image in sent] == sizes
+    assert request.get("mm_processor_kwargs") == options
+    if options is None:
+        # A server with the folder's own limits makes of what it is sent what the grids here were made for.
+        assert [layout.fit(*image.size) for image in sent] == convention.canvases(shapes)
+
+
+def test_an_image_the_served_model_cannot_take_is_named(server: Server, tmp_path: Path) -> None:
+    thin = write_image(tmp_path / "thin.png", width=300, height=1)
+    convention = Convention(model_type="m", native=None, layout=PIXELS)
+    with pytest.raises(DataError, match=r"thin\.png"):
+        _sample(EndpointSampler(server.url, "m", convention=convention), [Message("user", (thin, "where?"))])
 
 
 def test_prompts_come_back_in_order(server: Server) -> None:

@@ -1,21 +1,23 @@
 """Sampling in process: equal to transformers where that can be compared, and independent of what shares the batch."""
 
+from dataclasses import replace
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from polyground.models import Loaded, load_model
-from polyground.records import Message
+from polyground.models import Family, Loaded, load_model
+from polyground.records import Completion, Message
 from polyground.sampling.local import LocalSampler, _draw, _nucleus, _Settings
-from toys import write_image, write_toy
+from toys import FAMILIES, plain_inputs, write_image, write_toy
 
 torch.set_num_threads(1)
-KINDS = ("qwen3_vl", "qwen2_5_vl", "qwen3_5")
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=FAMILIES)
 def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Loaded:
     return load_model(write_toy(tmp_path_factory.mktemp("models") / "toy", request.param))
 
@@ -35,26 +37,23 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> list[list[Message]]:
 
 def _generated(loaded: Loaded, messages: list[Message], *, max_tokens: int) -> list[int]:
     """What transformers' own greedy `generate` says of one prompt, from its pixels."""
-    prompt, pixels = loaded.family.encode(messages), {}
-    if prompt.pixel_values is not None:
-        is_image = (prompt.input_ids == loaded.config["image_token_id"]).int()[None]
-        pixels = {"pixel_values": prompt.pixel_values, "image_grid_thw": prompt.image_grid_thw, "mm_token_type_ids": is_image}
+    prompt = loaded.family.encode(messages)
     output = loaded.model.generate(
-        input_ids=prompt.input_ids[None],
         attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
         max_new_tokens=max_tokens,
         do_sample=False,
         suppress_tokens=list(loaded.family.banned_token_ids),
         eos_token_id=list(loaded.family.stop_token_ids),
-        **pixels,
+        **plain_inputs(loaded, prompt),
     )
     return output[0, len(prompt) :].tolist()
 
 
 def test_greedy_is_transformers_generate_for_ragged_image_counts(loaded: Loaded, prompts: list[list[Message]]) -> None:
     expected = [_generated(loaded, messages, max_tokens=20) for messages in prompts]
-    for batch_size in (1, 8):
-        sampled = LocalSampler(loaded, batch_size=batch_size).sample(prompts, n=2, temperature=0, max_tokens=20, seed=0)
+    for batch_size, share in ((1, False), (8, False), (8, True)):
+        sampler = LocalSampler(loaded, batch_size=batch_size, share_prompts=share)
+        sampled = sampler.sample(prompts, n=2, temperature=0, max_tokens=20, seed=0)
         assert [list(c.token_ids) for group in sampled for c in group] == [ids for ids in expected for _ in range(2)]
 
 
@@ -69,6 +68,46 @@ def test_a_completion_does_not_depend_on_its_neighbours(loaded: Loaded, prompts:
     assert [[c.token_ids for c in g[:2]] for g in together] == [[c.token_ids for c in g] for g in fewer]
     # Some rows must have ended early, or dropping finished rows was not put to the test.
     assert len({len(c.token_ids) for g in together for c in g}) > 2
+
+
+class Hasty:
+    """A family a quarter of whose tokens ends a completion, so that rows leave the batch at every step."""
+
+    def __init__(self, family: Family) -> None:
+        self._family = family
+        self.stop_token_ids = (*family.stop_token_ids, *range(0, 256, 4))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._family, name)
+
+
+def test_rows_that_end_leave_the_others_as_they_were(loaded: Loaded, prompts: list[list[Message]]) -> None:
+    hasty = Hasty(loaded.family)
+    options = {"n": 6, "temperature": 1.0, "max_tokens": 12, "seed": 3}
+    patient = LocalSampler(loaded).sample(prompts, **options)
+    sampled = LocalSampler(replace(loaded, family=hasty)).sample(prompts, **options)
+    pairs = [pair for groups in zip(patient, sampled, strict=True) for pair in zip(*groups, strict=True)]
+    for long, short in pairs:
+        ends = (i + 1 for i, token in enumerate(long.token_ids) if token in hasty.stop_token_ids)
+        assert short.token_ids == long.token_ids[: next(ends, 12)]
+        assert short.logprobs == pytest.approx(long.logprobs[: len(short.token_ids)], abs=1e-4)
+    assert len({len(short.token_ids) for _, short in pairs}) > 3
+
+
+@pytest.mark.parametrize("few", [slice(0, 1), slice(0, 4)], ids=["one prompt", "ragged prompts"])
+def test_reading_shared_keys_draws_what_reading_copies_draws(loaded: Loaded, prompts: list[list[Message]], few: slice) -> None:
+    hasty = replace(loaded, family=Hasty(loaded.family))
+
+    def drawn(share: bool) -> list[list[Completion]]:
+        sampler = LocalSampler(hasty, share_prompts=share)
+        return sampler.sample(prompts[few], n=9, temperature=1.0, max_tokens=12, seed=4)
+
+    shared, copied = drawn(True), drawn(False)
+    assert [[c.token_ids for c in g] for g in shared] == [[c.token_ids for c in g] for g in copied]
+    for ours, theirs in zip(chain(*shared), chain(*copied), strict=True):
+        assert ours.logprobs == pytest.approx(theirs.logprobs, abs=1e-4)
+    # Rows of one prompt leave at different steps, down to prompts without rows.
+    assert len({len(c.token_ids) for g in shared for c in g}) > 3
 
 
 def test_the_seed_the_key_and_the_number_in_the_group_each_change_the_draw(loaded: Loaded, prompts: list[list[Message]]) -> None:
@@ -112,10 +151,11 @@ def test_a_completion_is_truncated_exactly_when_it_has_no_end_token(loaded: Load
 
 def test_training_switches_and_gradients_are_left_as_they_were(loaded: Loaded, prompts: list[list[Message]]) -> None:
     loaded.model.train()
-    loaded.model.model.visual.eval()
+    tower = getattr(loaded.model.model, loaded.family.vision_parts[0])
+    tower.eval()
     LocalSampler(loaded).sample(prompts[:1], n=1, temperature=0, max_tokens=2, seed=0)
     assert loaded.model.training
-    assert not loaded.model.model.visual.training
+    assert not tower.training
     assert torch.is_grad_enabled()
     loaded.model.eval()
 
@@ -132,23 +172,25 @@ def test_a_peft_wrapped_model_samples_with_its_adapter(loaded: Loaded, prompts: 
     assert plain == LocalSampler(loaded).sample(prompts[:2], n=1, temperature=0, max_tokens=12, seed=0)
 
 
-def test_bfloat16_autocast_runs(loaded: Loaded, prompts: list[list[Message]]) -> None:
-    sampler = LocalSampler(loaded, autocast=torch.bfloat16)
+@pytest.mark.parametrize("share", [False, True], ids=["copied", "shared"])
+def test_bfloat16_autocast_runs(loaded: Loaded, prompts: list[list[Message]], share: bool) -> None:
+    sampler = LocalSampler(loaded, autocast=torch.bfloat16, share_prompts=share)
     assert len(sampler.sample(prompts, n=2, temperature=1.0, max_tokens=4, seed=0)) == 4
 
 
 def test_images_are_encoded_once_and_prompts_prefilled_once(loaded: Loaded, prompts: list[list[Message]]) -> None:
-    patches, tokens = [], []
-    tower, decoder = loaded.model.model.visual, loaded.family.language_model(loaded.model)
+    pixels, tokens = [], []
+    tower, decoder = getattr(loaded.model.model, loaded.family.vision_parts[0]), loaded.family.language_model(loaded.model)
     hooks = [
-        tower.register_forward_pre_hook(lambda _, args: patches.append(len(args[0]))),
+        tower.register_forward_pre_hook(lambda _, args, kw: pixels.append([*args, *kw.values()][0]), with_kwargs=True),
         decoder.register_forward_pre_hook(lambda _, __, kw: tokens.append(kw["inputs_embeds"].shape[:2]), with_kwargs=True),
     ]
     LocalSampler(loaded).sample(prompts[1:2], n=4, temperature=1.0, max_tokens=2, seed=0)
     for hook in hooks:
         hook.remove()
-    assert patches == [4 * 10]
-    assert [tuple(shape) for shape in tokens] == [(1, len(loaded.family.encode(prompts[1]))), (4, 1)]
+    prompt = loaded.family.encode(prompts[1])
+    assert [len(given) for given in pixels] == [len(prompt.vision["pixel_values"])]
+    assert [tuple(shape) for shape in tokens] == [(1, len(prompt)), (4, 1)]
 
 
 def test_no_prompts_give_no_completions(loaded: Loaded) -> None:

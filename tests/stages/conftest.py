@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,21 @@ def write_recipe(folder: Path, *, out: Path, model: Path) -> Path:
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(tree), encoding="utf-8")
     return path
+
+
+@pytest.fixture
+def toy_run(tmp_path: Path) -> Callable[[str], Path]:
+    """Runs the whole figure with a toy model of the given type and returns the run's folder."""
+
+    def run(model_type: str) -> Path:
+        from polyground.cli import main
+
+        write_toy(tmp_path / "model", model_type)
+        recipe = write_recipe(tmp_path, out=tmp_path / "run", model=tmp_path / "model")
+        assert main(["run", str(recipe)]) == 0
+        return tmp_path / "run"
+
+    return run
 
 
 @pytest.fixture(scope="session")

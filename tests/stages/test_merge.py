@@ -12,7 +12,7 @@ from polyground.models import load_model
 from polyground.records import Message
 from polyground.sampling.local import LocalSampler
 from polyground.stages.merge import merge_adapter
-from toys import write_image, write_toy
+from toys import FAMILIES, write_image, write_toy
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def _adapter(base: Path, folder: Path, *, seed: int = 0, alpha: int = 12) -> Pat
     return folder
 
 
-@pytest.mark.parametrize("base", ["qwen3_vl", "qwen3_5"], indirect=True)
+@pytest.mark.parametrize("base", FAMILIES, indirect=True)
 def test_the_merged_folder_answers_as_the_base_with_its_adapter(base: Path, tmp_path: Path) -> None:
     adapter = _adapter(base, tmp_path / "adapter")
     summary = merge_adapter(base, adapter, tmp_path / "merged", tolerance=1e-3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,11 @@ FOLDERS = {
 def test_every_stage_leaves_a_complete_folder_and_a_report(finished: Path) -> None:
     assert completed(finished) == FOLDERS
     assert (finished / "report.html").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_5", "internvl", "smolvlm"])
+def test_a_model_of_another_family_goes_through_every_stage(toy_run: Callable[[str], Path], model_type: str) -> None:
+    assert completed(toy_run(model_type)) == FOLDERS
 
 
 def test_time_and_memory_of_every_stage_are_kept(finished: Path) -> None:

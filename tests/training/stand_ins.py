@@ -8,10 +8,12 @@ import pytest
 from polyground.geometry import PER_MILLE, Grid
 from polyground.records import Completion, Example, Message, Score
 from polyground.sampling import sample_seed
-
+from toys import FAMILIES
 
 families = pytest.mark.parametrize("toy_folder", ["qwen3_vl", "qwen3_5"], indirect=True)
 """Runs a test with a model of attention alone and with one that carries recurrent states."""
+
+every_family = pytest.mark.parametrize("toy_folder", FAMILIES, indirect=True)
 
 
 def ask(example: Example) -> tuple[list[Message], list[Grid]]:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from stand_ins import Babbler, ask, families, judge
+from stand_ins import Babbler, ask, every_family, families, judge
 from transformers import TrainerState
 
 from polyground.config import GrpoConfig
@@ -111,7 +111,7 @@ def test_groups_without_variance_are_skipped_only_where_that_is_exact(
     assert row["frac_groups_skipped"] == share
 
 
-@families
+@every_family
 def test_skipping_changes_the_cost_and_not_the_weights(toy_folder: Path, examples: list[Example], tmp_path: Path) -> None:
     def half(completion: Completion, example: Example, grids: object) -> Score:
         return Score(total=0.5, parts={"early": 0.5}) if example.key == "e2" else judge(completion, example, grids)
@@ -149,7 +149,7 @@ def test_images_are_encoded_once_per_step(
 
 
 def loaded_patches(folder: Path, example: Example) -> int:
-    return len(load_model(folder).family.encode(ask(example)[0]).pixel_values)
+    return len(load_model(folder).family.encode(ask(example)[0]).vision["pixel_values"])
 
 
 def test_eager_attention_is_refused(toy_folder: Path, examples: list[Example], tmp_path: Path) -> None:

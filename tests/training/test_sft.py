@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from stand_ins import ask, families
+from stand_ins import ask, every_family, families
 
 from polyground.batches import collate_completions
 from polyground.config import SftConfig
@@ -14,6 +14,7 @@ from polyground.models import load_model
 from polyground.records import Example
 from polyground.storage import read_rows
 from polyground.training.sft import Lesson, sft_steps, train_sft
+from toys import plain_inputs
 
 
 def config(**changes) -> SftConfig:
@@ -47,7 +48,7 @@ def test_a_resumed_run_ends_with_the_same_weights(toy_folder: Path, examples: li
     assert all(torch.equal(whole[name], halves[name]) for name in whole)
 
 
-@families
+@every_family
 def test_the_first_loss_is_that_of_the_base_model_row_by_row(toy_folder: Path, examples: list[Example], tmp_path: Path) -> None:
     learn(toy_folder, examples, tmp_path, max_steps=1, per_device_train_batch_size=2, gradient_accumulation_steps=2)
     loaded = load_model(toy_folder)
@@ -55,9 +56,9 @@ def test_the_first_loss_is_that_of_the_base_model_row_by_row(toy_folder: Path, e
     for lesson in lessons(examples):
         ids = loaded.family.completion_ids(lesson.completion)
         batch = collate_completions([(loaded.family.encode(lesson.messages), ids)], pad_token_id=0)
-        labels = batch.pop("labels")
+        labels, [prompt] = batch["labels"], batch["prompts"]
         with torch.no_grad():
-            logits = loaded.model(**batch).logits
+            logits = loaded.model(**plain_inputs(loaded, prompt, ids)).logits
         total += float(completion_loss(logits[:, :-1], labels[:, 1:], tokens=1))
         tokens += len(ids)
     row = next(read_rows(tmp_path / "log.jsonl"))

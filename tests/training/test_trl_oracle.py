@@ -84,9 +84,9 @@ class Case:
             "completion_mask": completion_mask,
             "advantages": torch.tensor([a for group in self.values for a in group]),
             "num_items_in_batch": completion_mask.sum(),
-            "pixel_values": torch.cat([p.pixel_values for p in prompts]),
-            "image_grid_thw": torch.cat([p.image_grid_thw for p in prompts]),
-            "num_images": [len(p.image_grid_thw) for p in prompts],
+            "pixel_values": torch.cat([p.vision["pixel_values"] for p in prompts]),
+            "image_grid_thw": torch.cat([p.vision["image_grid_thw"] for p in prompts]),
+            "num_images": [len(p.vision["image_grid_thw"]) for p in prompts],
             "mm_token_type_ids": kinds,
         }
 

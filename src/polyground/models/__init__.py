@@ -1,7 +1,8 @@
 """Model folders and their families: the only place that knows how an architecture takes images and writes boxes."""
 
+from polyground.conventions import model_folder
 from polyground.models.family import NO_IMAGES, Family, ImageFeatures, Loaded, Prompt
-from polyground.models.loading import load_family, load_model, model_folder, save_processor_files
+from polyground.models.loading import load_family, load_model, save_processor_files
 
 __all__ = [
     "NO_IMAGES",

@@ -1,22 +1,23 @@
 """What the rest of the project may ask of a model family: messages to tensors, its box grid, its LoRA targets.
 
-Nothing here knows a concrete architecture; how a family does it lives in its own module (`qwen`).
+Nothing here knows a concrete architecture; what the families share lives in `chat`, how one does it in its own module.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from polyground.conventions import Convention
 from polyground.geometry import Grid
 from polyground.records import Message
 
-# Shapes: P prompt tokens, n images of the prompt, patches before and tokens after the vision tower's merging.
+# Shapes: P prompt tokens, n images of the prompt, patches or tiles before and tokens after the vision tower.
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -25,14 +26,15 @@ class Prompt:
 
     input_ids: Tensor
     """[P] long, image placeholders expanded to one per image token."""
-    pixel_values: Tensor | None
-    """[patches, dim] float; None without images."""
-    image_grid_thw: Tensor | None
-    """[n, 3] long, in patches; None without images."""
     position_ids: Tensor
-    """[3, P] long: the rotary positions in time, height and width."""
+    """[3, P] long: the rotary positions in time, height and width; equal rows where a family has plain positions."""
     next_position: int
-    """Position of the first completion token on all three axes: the largest position + 1, which is not P."""
+    """Position of the first completion token on all three axes: the largest position + 1, which need not be P."""
+    vision: Mapping[str, Tensor] = field(default_factory=dict)
+    """What the vision tower is given, by argument: Qwen's `pixel_values` [patches, dim] and `image_grid_thw` [n, 3], tiles
+    [tiles, 3, height, width] elsewhere. Several prompts are joined along the first axis. Empty without images."""
+    image_tokens: int = 0
+    """How many of the input ids stand for image features."""
 
     def __len__(self) -> int:
         return int(self.input_ids.shape[0])
@@ -59,13 +61,18 @@ class Family(Protocol):
     """One model family's way of doing things; the weights are passed in, so that a wrapped model works as well."""
 
     @property
-    def native(self) -> str:
-        """Key of `answer.NATIVE_READERS`: how the untrained family writes boxes."""
+    def convention(self) -> Convention:
+        """How it resizes images and writes boxes; prompts, grids and pixel budgets all follow it."""
+        ...
+
+    @property
+    def native(self) -> str | None:
+        """Key of `answer.NATIVE_READERS`: how the untrained family writes boxes; None where it has no form."""
         ...
 
     @property
     def lora_targets(self) -> str:
-        """Regular expression, matched in full, of the language model's linear layers; never the vision tower."""
+        """Regular expression, matched in full, of the decoder's linear layers; never the vision tower or its projector."""
         ...
 
     @property
@@ -83,7 +90,7 @@ class Family(Protocol):
 
     @property
     def banned_token_ids(self) -> tuple[int, ...]:
-        """Never sampled: image, video and vision placeholders, and embedding rows that have no token."""
+        """Never sampled: image, video and vision placeholders, turn starts, and embedding rows that have no token."""
         ...
 
     def encode(self, messages: Sequence[Message]) -> Prompt:
@@ -102,7 +109,9 @@ class Family(Protocol):
         """The text of a completion, without what ended it."""
         ...
 
-    def freeze_vision(self, model: nn.Module) -> None: ...
+    def freeze_vision(self, model: nn.Module) -> None:
+        """Freeze the vision tower and the projector behind it, so that image features are computed once and kept."""
+        ...
 
     def encode_images(self, model: nn.Module, prompt: Prompt) -> ImageFeatures:
         """The vision tower's output for one prompt, without gradient."""
@@ -117,6 +126,10 @@ class Family(Protocol):
 
         `features` has one entry per row, in row order; empty when no row has images.
         """
+        ...
+
+    def decoder_positions(self, position_ids: Tensor) -> Tensor:
+        """Positions on three axes, [3, B, T], as the decoder takes them: all three, or the one of plain positions."""
         ...
 
     def forward(

@@ -67,6 +67,9 @@ def _forward(
     before = [plain(layer, beginning_1PH, cache_params=state, **options)] if shared else []
     # Padding stands behind the tokens that are read, and the state it leaves is not used.
     branches_GTH = pad_sequence(list(rest_1NH[0].split(lengths)), batch_first=True)
+    if branches_GTH.shape[1] == 1:
+        # Single tokens would go to the kernels for decoding, which change the state in place and have no gradient.
+        branches_GTH = nn.functional.pad(branches_GTH, (0, 0, 0, 1))
     after_GTH = plain(layer, branches_GTH, cache_params=state.repeated(len(lengths)), **options)
     after_NH = torch.cat([row[:length] for row, length in zip(after_GTH, lengths, strict=True)])
     return torch.cat([*before, after_NH[None]], dim=1)
@@ -89,10 +92,6 @@ class _State:
 
     def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
         return self._recurrent
-
-    def is_recording_past(self, layer_idx: int) -> bool:
-        # Keeps the layer off its kernel for single tokens, which changes the state in place.
-        return True
 
     def update_conv_state(self, inputs_BCS: Tensor, layer_idx: int, *, conv_kernel_size: int, state_idx: int = 0) -> Tensor:
         if self._inputs_BCK is not None:

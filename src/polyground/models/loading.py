@@ -5,9 +5,8 @@ Only safetensors weights and only classes that transformers ships: no code of th
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,26 +14,47 @@ import torch
 from safetensors import SafetensorError
 from transformers import (
     AutoTokenizer,
+    InternVLForConditionalGeneration,
     PreTrainedModel,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLForConditionalGeneration,
     Qwen3_5ForConditionalGeneration,
     Qwen3VLForConditionalGeneration,
+    SmolVLMForConditionalGeneration,
 )
+from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
+from polyground.conventions import load_convention, model_folder, read_config, read_json
 from polyground.errors import ModelError
+from polyground.models.chat import ChatFamily
 from polyground.models.family import Family, Loaded
+from polyground.models.internvl import InternVLFamily
 from polyground.models.linear_attention import let_states_branch
 from polyground.models.qwen import QwenFamily, patchify_as_product
+from polyground.models.shared_prefix import SHARED_PREFIX
+from polyground.models.smolvlm import SmolVLMFamily
 
-TINY = Path(__file__).parent / "tiny"
-"""The model shipped with the package; `load_model("tiny")` opens it."""
 
-_CLASSES: dict[str, type[PreTrainedModel]] = {
-    "qwen2_5_vl": Qwen2_5_VLForConditionalGeneration,
-    "qwen3_vl": Qwen3VLForConditionalGeneration,
-    "qwen3_5": Qwen3_5ForConditionalGeneration,
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """What opens a folder of one model type."""
+
+    weights: type[PreTrainedModel]
+    family: type[ChatFamily]
+    image_processor: Any
+
+
+_KINDS = {
+    "qwen2_vl": _Kind(Qwen2VLForConditionalGeneration, QwenFamily, Qwen2VLImageProcessorPil),
+    "qwen2_5_vl": _Kind(Qwen2_5_VLForConditionalGeneration, QwenFamily, Qwen2VLImageProcessorPil),
+    "qwen3_vl": _Kind(Qwen3VLForConditionalGeneration, QwenFamily, Qwen2VLImageProcessorPil),
+    "qwen3_5": _Kind(Qwen3_5ForConditionalGeneration, QwenFamily, Qwen2VLImageProcessorPil),
+    "internvl": _Kind(InternVLForConditionalGeneration, InternVLFamily, GotOcr2ImageProcessorPil),
+    "smolvlm": _Kind(SmolVLMForConditionalGeneration, SmolVLMFamily, SmolVLMImageProcessorPil),
 }
+"""By `model_type` in config.json; the keys of `conventions.CONVENTIONS`."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -54,16 +74,18 @@ _PROCESSOR_FILES = (
 )
 
 
-def model_folder(path: str | Path) -> Path:
-    """The folder meant by a recipe's model path: `tiny` is the packaged one."""
-    return TINY if str(path) == "tiny" else Path(path)
-
-
 def load_family(path: str | Path, *, max_pixels: int | None = None, max_pixels_total: int | None = None) -> Family:
     """What a folder says about prompts and grids, without its weights."""
-    folder = model_folder(path)
-    config = _read_config(folder)
-    return _FAMILIES[config["model_type"]](folder, config, max_pixels, max_pixels_total)
+    convention = load_convention(path, max_pixels=max_pixels, max_pixels_total=max_pixels_total)
+    folder, kind = convention.path, _KINDS[convention.model_type]
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        image_processor = kind.image_processor.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder}: tokenizer or image processor cannot be loaded ({error}); copy their files here") from error
+    if not tokenizer.chat_template:
+        tokenizer.chat_template = _chat_template(folder)
+    return kind.family(tokenizer=tokenizer, image_processor=image_processor, config=read_config(folder), convention=convention)
 
 
 def load_model(
@@ -83,19 +105,19 @@ def load_model(
     """
     folder = model_folder(path)
     family = load_family(folder, max_pixels=max_pixels, max_pixels_total=max_pixels_total)
-    config = _read_config(folder)
+    config = read_config(folder)
     _require_safetensors(folder)
     if dtype != "auto" and dtype not in DTYPES:
         raise ModelError(f"unknown dtype {dtype!r}; choose auto, {', '.join(DTYPES)}")
     try:
-        model, info = _CLASSES[config["model_type"]].from_pretrained(
+        model, info = _KINDS[config["model_type"]].weights.from_pretrained(
             folder,
             dtype=dtype if dtype == "auto" else DTYPES[dtype],
             use_safetensors=True,
             local_files_only=True,
             trust_remote_code=False,
             # `eager` takes a boolean mask for numbers to add, which is silently wrong in packed training.
-            attn_implementation="sdpa",
+            attn_implementation={"": "sdpa", "text_config": SHARED_PREFIX},
             output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
@@ -104,7 +126,8 @@ def load_model(
         some = ", ".join(sorted(info["missing_keys"])[:3])
         count = len(info["missing_keys"])
         raise ModelError(f"{folder}: {count} weights that config.json asks for are missing ({some}, …); copy the folder again")
-    patchify_as_product(model)
+    if isinstance(family, QwenFamily):
+        patchify_as_product(model)
     let_states_branch(model)
     model.requires_grad_(trainable and adapter is None)
     if adapter is not None:
@@ -122,21 +145,6 @@ def save_processor_files(source: str | Path, target: str | Path) -> None:
     for name in _PROCESSOR_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    if not folder.is_dir():
-        raise ModelError(f"{folder}: no such model folder; give a local folder, or `tiny` for the packaged model")
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ModelError(f"{folder}: no config.json; is this a transformers model folder?") from error
-    except ValueError as error:
-        raise ModelError(f"{folder / 'config.json'}: not valid JSON ({error}); copy the file again") from error
-    kind = config.get("model_type") if isinstance(config, dict) else None
-    if kind not in _FAMILIES:
-        raise ModelError(f"{folder}: model_type {kind!r} is not supported; supported are {', '.join(sorted(_FAMILIES))}")
-    return config
 
 
 def _require_safetensors(folder: Path) -> None:
@@ -161,35 +169,9 @@ def _with_adapter(model: PreTrainedModel, adapter: Path, *, trainable: bool) -> 
         raise ModelError(f"{adapter}: the adapter does not fit its base model ({error}); train it again on this base") from error
 
 
-def _qwen(folder: Path, config: dict[str, Any], max_pixels: int | None, max_pixels_total: int | None) -> QwenFamily:
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        image_processor = Qwen2VLImageProcessorPil.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{folder}: tokenizer or image processor cannot be loaded ({error}); copy their files here") from error
-    if not tokenizer.chat_template:
-        tokenizer.chat_template = _chat_template(folder)
-    return QwenFamily(
-        tokenizer=tokenizer,
-        image_processor=image_processor,
-        config=config,
-        path=folder,
-        max_pixels=max_pixels,
-        max_pixels_total=max_pixels_total,
-        per_mille=config["model_type"] != "qwen2_5_vl",
-    )
-
-
 def _chat_template(folder: Path) -> str:
     # Older folders keep the processor's template beside the tokenizer's, as JSON.
-    file = folder / "chat_template.json"
-    if not file.is_file():
+    template = (read_json(folder / "chat_template.json") or {}).get("chat_template")
+    if not isinstance(template, str):
         raise ModelError(f"{folder}: no chat template; copy chat_template.jinja or chat_template.json of the base model here")
-    return str(json.loads(file.read_text(encoding="utf-8"))["chat_template"])
-
-
-_FAMILIES: dict[str, Callable[[Path, dict[str, Any], int | None, int | None], Family]] = {
-    "qwen2_5_vl": _qwen,
-    "qwen3_vl": _qwen,
-    "qwen3_5": _qwen,
-}
+    return template

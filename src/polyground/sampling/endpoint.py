@@ -6,16 +6,19 @@ The API key is read from an environment variable when the sampler is built and i
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit, urlunsplit
 
+from PIL import Image
+
+from polyground.conventions import Convention
 from polyground.errors import ConfigError, ModelError
 from polyground.records import Completion, Message
 from polyground.sampling import prompt_keys, sample_seed
-from polyground.vision import load_image, to_data_uri
+from polyground.vision import canvas_of, load_image, to_data_uri
 
 if TYPE_CHECKING:
     from openai.types.chat.chat_completion import Choice
@@ -26,6 +29,9 @@ class EndpointSampler:
 
     `api_key_env` names the environment variable that holds the key; None for servers that want none. A request that
     fails for a passing reason (connection, overload) is repeated `retries` times, waiting longer each time.
+
+    `convention` is that of the model served, with the pixel budget it was trained on: images are then sent as large as
+    they are to be read, so that a box in pixels means the same on both sides. Without it they are sent as they are.
     """
 
     def __init__(
@@ -37,6 +43,7 @@ class EndpointSampler:
         concurrency: int = 8,
         retries: int = 5,
         timeout: float = 300.0,
+        convention: Convention | None = None,
     ) -> None:
         try:
             import openai
@@ -47,6 +54,7 @@ class EndpointSampler:
         self._model = model
         self._key_env = api_key_env
         self._key = _key(api_key_env)
+        self._convention = convention
         self._concurrency = concurrency
         self._client = openai.OpenAI(base_url=base_url, api_key=self._key or "none", max_retries=retries, timeout=timeout)
 
@@ -66,16 +74,38 @@ class EndpointSampler:
         names = prompt_keys(prompts, keys)
 
         def group(i: int) -> list[Completion]:
-            messages = [_to_openai(message) for message in prompts[i]]
+            messages, extra = self._prepared(prompts[i])
             completions: list[Completion] = []
             # Some servers give one choice whatever is asked for: ask again for the rest, under another seed.
             while len(completions) < n:
-                request = {**options, "n": n - len(completions), "seed": sample_seed(seed, names[i], len(completions)) % 2**31}
+                request = {
+                    **options,
+                    **extra,
+                    "n": n - len(completions),
+                    "seed": sample_seed(seed, names[i], len(completions)) % 2**31,
+                }
                 completions += self._ask(messages, request)
             return completions[:n]
 
         with ThreadPoolExecutor(max_workers=min(self._concurrency, max(1, len(prompts)))) as pool:
             return list(pool.map(group, range(len(prompts))))
+
+    def _prepared(self, prompt: Sequence[Message]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        """The messages in the protocol's words, and what else the server must be told to read their images as we do."""
+        paths = [path for message in prompt for path in message.images]
+        pictures = {path: load_image(path) for path in paths}
+        extra: dict[str, Any] = {}
+        if self._convention is not None and paths:
+            layout, budget = self._convention.layout, self._convention.pixel_budget(len(paths))
+            for path, picture in pictures.items():
+                canvas = canvas_of(path, picture.size, self._convention, images=len(paths))
+                if layout.lasting and layout.fit(canvas.width, canvas.height) == canvas:
+                    # As the image processors of these families resize: the server finds nothing left to do.
+                    pictures[path] = picture.resize((canvas.width, canvas.height), Image.Resampling.BICUBIC)
+                elif layout.fit(*picture.size) != canvas:
+                    # vLLM hands these on to the image processor.
+                    extra = {"extra_body": {"mm_processor_kwargs": layout.processor_options(budget)}}
+        return [_to_openai(message, pictures) for message in prompt], extra
 
     def _ask(self, messages: list[dict[str, Any]], request: dict[str, Any]) -> list[Completion]:
         openai = self._openai
@@ -118,17 +148,17 @@ def _without_secrets(url: str) -> str:
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
 
-def _to_openai(message: Message) -> dict[str, Any]:
+def _to_openai(message: Message, pictures: Mapping[Path, Image.Image]) -> dict[str, Any]:
     if not message.images:
         return {"role": message.role, "content": "".join(str(part) for part in message.parts)}
-    return {"role": message.role, "content": [_part(part) for part in message.parts]}
+    return {"role": message.role, "content": [_part(part, pictures) for part in message.parts]}
 
 
-def _part(part: str | Path) -> dict[str, Any]:
+def _part(part: str | Path, pictures: Mapping[Path, Image.Image]) -> dict[str, Any]:
     if isinstance(part, str):
         return {"type": "text", "text": part}
     # Encoded anew rather than sent as it lies there: upright and RGB, as a local model sees it.
-    return {"type": "image_url", "image_url": {"url": to_data_uri(load_image(part))}}
+    return {"type": "image_url", "image_url": {"url": to_data_uri(pictures[part])}}
 
 
 def _completion(choice: Choice) -> Completion:

@@ -17,6 +17,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, LinearAt
 
 from polyground.models.family import Loaded, Prompt
 from polyground.models.linear_attention import has_linear_attention
+from polyground.models.shared_prefix import SHARED_PREFIX, SharedPrompts
 from polyground.records import Completion, Message
 from polyground.sampling import prompt_keys, sample_seed
 
@@ -26,21 +27,28 @@ from polyground.sampling import prompt_keys, sample_seed
 _WINDOW = 4
 """Batches encoded ahead: among their prompts, those of like length are put together."""
 
+LONG = 512
+"""Tokens of a prompt from which on its keys are shared by its completions: below, copies are cheaper to read."""
+
 
 class LocalSampler:
     """Samples from `loaded.model` as it is at each call, whatever wraps it and whatever its adapter says.
 
     `batch_size` is the number of completions decoded together, rounded to whole groups. `autocast` runs the model in
     that type; weights are then cast at every step (measured: the tiny model on one CPU core becomes 3 times slower). The
-    model's training switches are put back after each call, and its cached state is not touched.
+    model's training switches are put back after each call, and its cached state is not touched. `share_prompts` says whether
+    completions read their prompt's keys where they lie instead of each a copy; by default where that is cheaper.
     """
 
-    def __init__(self, loaded: Loaded, *, batch_size: int = 64, autocast: torch.dtype | None = None) -> None:
+    def __init__(
+        self, loaded: Loaded, *, batch_size: int = 64, autocast: torch.dtype | None = None, share_prompts: bool | None = None
+    ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size must be >= 1; got {batch_size}")
         self._loaded = loaded
         self._batch_size = batch_size
         self._autocast = autocast
+        self._share_prompts = share_prompts
 
     def sample(
         self,
@@ -92,7 +100,7 @@ class LocalSampler:
         family, model, device = self._loaded.family, self._loaded.model, self._loaded.device
         decoder, embedding, lm_head = family.language_model(model), family.embedding(model), family.lm_head(model)
         rows, budget = len(prompts) * settings.n, settings.max_tokens
-        logits_RV, cache, valid_RK = self._prefill(prompts, settings)
+        logits_RV, state = self._prefill(prompts, settings)
         position_R = torch.tensor([p.next_position for p in prompts], device=device).repeat_interleave(settings.n)
         uniform_RT = _uniform(keys, settings).to(device)
         stops = torch.tensor(family.stop_token_ids, device=device)
@@ -124,45 +132,53 @@ class LocalSampler:
             # Copying the cache costs about as much as one step on it, so finished rows wait for company.
             if len(keep) <= 0.75 * len(alive):
                 alive, token = alive[keep], token[keep]
-                cache.batch_select_indices(keep)
+                state.keep(keep)
             logits_RV = lm_head(
                 decoder(
                     inputs_embeds=embedding(token).unsqueeze(1),
-                    position_ids=(position_R[alive] + step).expand(3, -1).unsqueeze(-1),
-                    attention_mask=None if valid_RK is None else valid_RK[alive, None, None, : cache.get_seq_length() + 1],
-                    past_key_values=cache,
+                    position_ids=family.decoder_positions((position_R[alive] + step).expand(3, -1).unsqueeze(-1)),
+                    past_key_values=state.cache,
                     use_cache=True,
+                    **state.attention(),
                 ).last_hidden_state[:, 0]
             )
         return self._completions(ids_RT, logprobs_RT, length_R, stopped_R, n=settings.n)
 
-    def _prefill(self, prompts: Sequence[Prompt], settings: _Settings) -> tuple[Tensor, Cache, Tensor | None]:
-        """First logits and the cache with room for the completions, one row per completion; a key mask where needed."""
+    def _prefill(self, prompts: Sequence[Prompt], settings: _Settings) -> tuple[Tensor, _Rows]:
+        """First logits, one row per completion, and what decoding goes on from."""
         family, model, device = self._loaded.family, self._loaded.model, self._loaded.device
         longest = max(len(p) for p in prompts)
         ids_BP = torch.full((len(prompts), longest), family.pad_token_id)
         positions_3BP = torch.zeros(3, len(prompts), longest, dtype=torch.long)
-        valid_BK = torch.ones(len(prompts), longest + settings.max_tokens, dtype=torch.bool)
+        valid_BP = torch.ones(len(prompts), longest, dtype=torch.bool)
         for i, prompt in enumerate(prompts):
             padding = longest - len(prompt)
             ids_BP[i, padding:] = prompt.input_ids
             positions_3BP[:, i, padding:] = prompt.position_ids
-            valid_BK[i, :padding] = False
-        padded = not bool(valid_BK.all())
+            valid_BP[i, :padding] = False
+        valid_BP = None if bool(valid_BP.all()) else valid_BP.to(device)
         output = family.forward(
             model,
             input_ids=ids_BP.to(device),
             position_ids=positions_3BP.to(device),
             features=family.encode_images_of(model, prompts),
-            attention_mask=valid_BK[:, :longest].to(device) if padded else None,
+            attention_mask=valid_BP,
             past_key_values=_empty_cache(family.language_model(model)),
             use_cache=True,
             logits_to_keep=1,
         )
-        prefilled = output.past_key_values.layers
-        cache = Cache(layers=[_for_decoding(layer, repeats=settings.n, room=settings.max_tokens) for layer in prefilled])
-        valid_RK = valid_BK.to(device).repeat_interleave(settings.n, dim=0) if padded else None
-        return output.logits[:, -1].repeat_interleave(settings.n, dim=0), cache, valid_RK
+        layers = output.past_key_values.layers
+        decoder = family.language_model(model)
+        share = decoder.config._attn_implementation == SHARED_PREFIX and self._shares(len(prompts), longest, valid_BP, settings)
+        return output.logits[:, -1].repeat_interleave(settings.n, dim=0), _Rows(layers, valid_BP, settings, share=share)
+
+    def _shares(self, prompts: int, longest: int, valid_BP: Tensor | None, settings: _Settings) -> bool:
+        """Whether rows read their prompt's keys where they lie, rather than each a copy of its own."""
+        if self._share_prompts is not None:
+            return self._share_prompts
+        if valid_BP is not None and self._loaded.device.type != "cpu":
+            return False
+        return settings.n > 1 and longest >= LONG
 
     def _completions(
         self, ids_RT: Tensor, logprobs_RT: Tensor, length_R: Tensor, stopped_R: Tensor, *, n: int
@@ -178,6 +194,41 @@ class LocalSampler:
             for ids, logprobs, length, stopped in zip(*columns, strict=True)
         ]
         return [completions[i : i + n] for i in range(0, len(completions), n)]
+
+
+class _Rows:
+    """What the rows being decoded have read so far."""
+
+    def __init__(self, layers: Sequence[Any], valid_BP: Tensor | None, settings: _Settings, *, share: bool) -> None:
+        n, room = settings.n, settings.max_tokens
+        self._shared: SharedPrompts | None = None
+        self._valid_RP: Tensor | None = None
+        if share:
+            read = {
+                i: (layer.keys, layer.values) for i, layer in enumerate(layers) if not isinstance(layer, LinearAttentionLayer)
+            }
+            self._shared = SharedPrompts(read, repeats=n, valid_BP=valid_BP)
+        elif valid_BP is not None:
+            self._valid_RP = valid_BP.repeat_interleave(n, dim=0)
+        self.cache = Cache(layers=[_for_decoding(layer, repeats=n, room=room, own=share) for layer in layers])
+
+    def keep(self, rows: Tensor) -> None:
+        self.cache.batch_select_indices(rows)
+        if self._shared is not None:
+            self._shared.keep(rows)
+        if self._valid_RP is not None:
+            self._valid_RP = self._valid_RP[rows]
+
+    def attention(self) -> dict[str, Any]:
+        """The decoder's arguments that say what the next token of each row may look at."""
+        if self._shared is not None:
+            # No mask is read beside `prompts`, but without one transformers would build its own.
+            anything = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self._shared.device)
+            return {"attention_mask": anything, "prompts": self._shared}
+        if self._valid_RP is None:
+            return {"attention_mask": None}
+        decoded = self.cache.get_seq_length() + 1 - self._valid_RP.shape[1]
+        return {"attention_mask": nn.functional.pad(self._valid_RP, (0, decoded), value=True)[:, None, None]}
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,19 +251,22 @@ def _empty_cache(decoder: nn.Module) -> DynamicCache:
     return DynamicCache(config=decoder.config) if has_linear_attention(decoder) else DynamicCache()
 
 
-def _for_decoding(layer: Any, *, repeats: int, room: int) -> _RoomyLayer | _RepeatedState:
-    """A prefilled layer with every row repeated, and `room` for more keys where it has keys."""
+def _for_decoding(layer: Any, *, repeats: int, room: int, own: bool) -> _RoomyLayer | _RepeatedState:
+    """A prefilled layer with every row repeated, and `room` for more keys where it has keys; with `own`, for those alone."""
     if isinstance(layer, LinearAttentionLayer):
         return _RepeatedState.of(layer, repeats=repeats)
-    return _RoomyLayer.of(layer, repeats=repeats, room=room)
+    return _RoomyLayer.of(layer, repeats=repeats, room=room, own=own)
 
 
 class _RepeatedState(LinearAttentionLayer):
     """What one linear-attention layer remembers of each row: of one size, however long the row."""
 
+    conv_states: dict[int, Tensor | None]
+    recurrent_states: dict[int, Tensor | None]
+
     @classmethod
     def of(cls, layer: LinearAttentionLayer, *, repeats: int) -> _RepeatedState:
-        repeated = cls(layer.number_of_states)
+        repeated = cls()
         repeated.__dict__.update(layer.__dict__)
         repeated._map(lambda state: state.repeat_interleave(repeats, dim=0))
         return repeated
@@ -228,16 +282,19 @@ class _RepeatedState(LinearAttentionLayer):
 class _RoomyLayer(DynamicLayer):
     """Keys and values of one layer in a buffer with room to grow, so that a decoding step writes one column only."""
 
+    keys: Tensor
+    values: Tensor
     length: int
 
     @classmethod
-    def of(cls, layer: DynamicLayer, *, repeats: int, room: int) -> _RoomyLayer:
-        """A prefilled layer with every row repeated and `room` more columns."""
+    def of(cls, layer: DynamicLayer, *, repeats: int, room: int, own: bool) -> _RoomyLayer:
+        """A prefilled layer with every row repeated and `room` more columns; with `own`, only the room."""
         roomy = cls()
         roomy.lazy_initialization(layer.keys, layer.values)
-        roomy.length = layer.keys.shape[-2]
-        roomy.keys = _with_room(layer.keys, repeats, room)
-        roomy.values = _with_room(layer.values, repeats, room)
+        keys, values = (states[:, :, :0] if own else states for states in (layer.keys, layer.values))
+        roomy.length = keys.shape[-2]
+        roomy.keys = _with_room(keys, repeats, room)
+        roomy.values = _with_room(values, repeats, room)
         return roomy
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
@@ -246,6 +303,10 @@ class _RoomyLayer(DynamicLayer):
         self.values[:, :, self.length : end] = value_states
         self.length = end
         return self.keys[:, :, :end], self.values[:, :, :end]
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        # Rows may leave before the first column is written, which the base class takes for an empty cache.
+        self.keys, self.values = self.keys[indices], self.values[indices]
 
     def get_seq_length(self) -> int:
         return self.length

@@ -1,17 +1,38 @@
-"""BLINK (Fu et al., 2024): multiple-choice perception questions over one to four images, as rows of JSON or JSON lines."""
+"""BLINK (Fu et al., 2024): multiple-choice perception questions over one to four images.
+
+Rows are those of the hub data set BLINK-Benchmark/BLINK (one configuration per sub-task, parquet with embedded images), or the
+same fields in JSON: `idx`, `question`, `sub_task`, `image_1` … `image_4`, `choices`, `answer` "(A)", `prompt`. The answers of its
+test split are hidden.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from polyground.answer import Answer
 from polyground.records import Example
+from polyground.sources.pixels import require_choice
+from polyground.sources.questions import plain
 from polyground.sources.reading import ImageRoot, Item, RowError, field_of, image_root, scan_rows
 
+MULTI_IMAGE = (
+    "Art_Style",
+    "Forensic_Detection",
+    "Functional_Correspondence",
+    "Jigsaw",
+    "Multi-view_Reasoning",
+    "Semantic_Correspondence",
+    "Visual_Correspondence",
+    "Visual_Similarity",
+)
+"""The sub-tasks that show several images; `sub_tasks: multi_image` keeps these."""
+
 _LETTER = re.compile(r"\(?([A-Z])\)?\.?")
+_CHOICE_LINE = re.compile(r"\s*\([A-Z]\)")
+_SELECT = re.compile(r"\s*select (?:from|between|one of) the following (?:choices|options)[.:]?\s*$", re.IGNORECASE)
 _IMAGE_FIELDS = ("image_1", "image_2", "image_3", "image_4")
 
 
@@ -22,33 +43,59 @@ def scan_blink(
     strip_prefix: str | None = None,
     images_out: str | Path | None = None,
     sub_tasks: Sequence[str] | None = None,
+    wording: Literal["prompt", "question"] = "prompt",
+    duplicates: Literal["report", "keep"] = "report",
     name: str = "blink",
 ) -> Iterator[Item]:
     """All rows of a file, in file order; keys are `name/sub-task/position in its sub-task`.
 
-    `sub_tasks` keeps only those. Bad rows have the reasons malformed, no_images, unsafe_path, no_answer, bad_choice,
+    `sub_tasks` keeps only those; "multi_image" stands for `MULTI_IMAGE`. The question is the row's `prompt`, as its publishers
+    ask it, without the choices at its end; `wording="question"` takes the short question, which leaves out what marks and
+    images stand for. Bad rows have the reasons malformed, no_images, unsafe_path, embedded_image, no_answer, bad_choice and
     duplicate.
     """
+    require_choice(wording, ("prompt", "question"), "wording")
     root = image_root(path, images_root, strip_prefix, images_out)
+    wanted = None if sub_tasks is None else _wanted(sub_tasks)
 
     def read_row(row: Any, key: str) -> Sequence[Example]:
-        wanted = sub_tasks is None or field_of(row, "sub_task", str) in sub_tasks
-        return [_read_row(row, key, root)] if wanted else []
+        kept = wanted is None or _plain(field_of(row, "sub_task", str)) in wanted
+        return [_read_row(row, key, root, wording)] if kept else []
 
-    return scan_rows(path, read_row, name=name, task_field="sub_task")
+    return scan_rows(path, read_row, name=name, task_field="sub_task", duplicates=duplicates)
 
 
-def _read_row(row: Any, key: str, root: ImageRoot) -> Example:
+def _wanted(sub_tasks: Sequence[str]) -> set[str]:
+    names = [sub_tasks] if isinstance(sub_tasks, str) else sub_tasks
+    return {_plain(name) for wanted in names for name in (MULTI_IMAGE if wanted == "multi_image" else (wanted,))}
+
+
+def _plain(sub_task: str) -> str:
+    # Configurations are called Art_Style; rows may say Art Style.
+    return re.sub(r"[ _-]+", "_", sub_task).lower()
+
+
+def _read_row(row: Any, key: str, root: ImageRoot, wording: str) -> Example:
     task, choices = field_of(row, "sub_task", str), field_of(row, "choices", list)
     return Example(
         key=key,
         task=task,
         images=root.paths([row[field] for field in _IMAGE_FIELDS if row.get(field) is not None]),
-        question=field_of(row, "question", str).strip(),
+        question=plain(_question(row, wording)),
         target=Answer(choice=read_letter(field_of(row, "answer", str), len(choices))),
-        choices=tuple(str(choice) for choice in choices),
+        choices=tuple(plain(str(choice)) for choice in choices),
         meta={"source": "blink", "idx": row.get("idx")},
     )
+
+
+def _question(row: Any, wording: str) -> str:
+    question, prompt = field_of(row, "question", str).strip(), row.get("prompt")
+    if wording == "question" or not isinstance(prompt, str):
+        return question
+    lines = prompt.strip().splitlines()
+    while lines and _CHOICE_LINE.match(lines[-1]):
+        lines.pop()
+    return _SELECT.sub("", "\n".join(lines)).strip() or question
 
 
 def read_letter(text: str, choices: int) -> str:

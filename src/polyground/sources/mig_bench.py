@@ -14,14 +14,12 @@ from typing import Any, Literal
 from polyground.answer import Answer, Located
 from polyground.errors import DataError
 from polyground.records import Example
+from polyground.sources.prose import named_image
+from polyground.sources.questions import plain
 from polyground.sources.reading import ImageRoot, Item, RowError, field_of, image_root, scan_rows, stream_rows, unit_box
 
 Version = Literal["original", "revised"]
 
-_ORDINALS = {
-    word: n for n, word in enumerate(("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth"), start=1)
-}
-_IMAGE = re.compile(rf"\b(?:(\d+)(?:st|nd|rd|th)|({'|'.join(_ORDINALS)}))[ -]image\b|\bimage[ -]?(\d+)", re.IGNORECASE)
 _QUESTION_BOX = re.compile(r"<\|box_start\|>\s*\((\d+),\s*(\d+)\),\s*\((\d+),\s*(\d+)\)\s*<\|box_end\|>")
 _REFERENCE_MARKS = re.compile(r"<\|object_ref_(?:start|end)\|>")
 
@@ -61,22 +59,10 @@ def version_of(rows: Sequence[Any], path: Path) -> Version:
     return "original" if any(isinstance(n, float) for n in numbers) else "revised"
 
 
-def named_image(text: str) -> int | None:
-    """The last image a text names: "in the 2th image", "the second image", "image-2"; None when it names none.
-
-    >>> named_image("Find where the object in image-1 is in the second image.")
-    2
-    """
-    found = None
-    for digits, word, number in _IMAGE.findall(text):
-        found = _ORDINALS[word.lower()] if word else int(digits or number)
-    return found
-
-
 def _read_row(row: Any, key: str, *, root: ImageRoot, version: Version) -> Example:
     task = field_of(row, "task", str)
     images = root.paths(field_of(row, "images", list))
-    text = field_of(row, "question", str)
+    text = plain(field_of(row, "question", str))
     size = 1.0 if version == "original" else 1000.0
     box = unit_box(field_of(row, "answer", list), width=size, height=size, what="answer")
     image = _target_image(task, text, str(row.get("additional_info") or ""))

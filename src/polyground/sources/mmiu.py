@@ -1,19 +1,25 @@
-"""MMIU (Meng et al., 2024): multiple-choice questions over 2 to 32 images, as rows of JSON or JSON lines."""
+"""MMIU (Meng et al., 2024): multiple-choice questions over 2 to 32 images.
+
+Rows are those of the hub data set FanqingM/MMIU-Benchmark (`all.parquet`, split test), or the same fields in JSON: `task`,
+`visual_input_component`, `source`, `options` "A: …\\nB: …", `question`, `context` (what the question needs, then the options
+again), `input_image_path` "./<relation>/<task>/<file>", `output` "A". Its images come in one zip per relation.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from polyground.answer import Answer
 from polyground.records import Example
 from polyground.sources.blink import read_letter
+from polyground.sources.questions import plain
 from polyground.sources.reading import ImageRoot, Item, RowError, field_of, image_root, scan_rows
 
 _OPTION = re.compile(r"^\s*([A-Z])\s*[:.)]\s*(.*?)\s*$")
-_SELECT = re.compile(r"\s*select from the following choices\.?\s*", re.IGNORECASE)
+_SELECT = re.compile(r"[ \t]*select from the following choices\.?[ \t]*", re.IGNORECASE)
 
 
 def scan_mmiu(
@@ -21,33 +27,42 @@ def scan_mmiu(
     *,
     images_root: str | Path | None = None,
     strip_prefix: str | None = None,
+    images_out: str | Path | None = None,
     tasks: Sequence[str] | None = None,
+    duplicates: Literal["report", "keep"] = "report",
     name: str = "mmiu",
 ) -> Iterator[Item]:
     """All rows of a file, in file order; keys are `name/task/position in its task`.
 
     `tasks` keeps only those. Bad rows have the reasons malformed, no_images, unsafe_path, no_answer, bad_choice and duplicate.
     """
-    root = image_root(path, images_root, strip_prefix)
+    root = image_root(path, images_root, strip_prefix, images_out)
+    wanted = (tasks,) if isinstance(tasks, str) else tasks
 
     def read_row(row: Any, key: str) -> Sequence[Example]:
-        wanted = tasks is None or field_of(row, "task", str) in tasks
-        return [_read_row(row, key, root)] if wanted else []
+        kept = wanted is None or field_of(row, "task", str) in wanted
+        return [_read_row(row, key, root)] if kept else []
 
-    return scan_rows(path, read_row, name=name, task_field="task")
+    return scan_rows(path, read_row, name=name, task_field="task", duplicates=duplicates)
 
 
 def _read_row(row: Any, key: str, root: ImageRoot) -> Example:
-    choices = read_options(field_of(row, "options", str))
+    choices = read_options(plain(field_of(row, "options", str)))
     return Example(
         key=key,
         task=field_of(row, "task", str),
         images=root.paths(field_of(row, "input_image_path", list)),
-        question=_question(field_of(row, "question", str), str(row.get("context") or "")),
+        question=plain(_question(field_of(row, "question", str), str(row.get("context") or ""), row["options"])),
         target=Answer(choice=read_letter(field_of(row, "output", str), len(choices))),
         choices=choices,
-        meta={"source": "mmiu"},
+        meta={"source": "mmiu", "relation": _relation(row["input_image_path"][0])},
     )
+
+
+def _relation(image: Any) -> str | None:
+    """The folder that names how the images relate, such as "3D-spatial"; None where images are not named by path."""
+    folders = [part for part in image.split("/")[:-1] if part != "."] if isinstance(image, str) else []
+    return folders[0] if len(folders) >= 2 else None
 
 
 def read_options(text: str) -> tuple[str, ...]:
@@ -68,11 +83,16 @@ def read_options(text: str) -> tuple[str, ...]:
     return tuple(options)
 
 
-def _question(question: str, context: str) -> str:
+def _question(question: str, context: str, options: str) -> str:
     """The question after what the context adds to it; the choices that the context repeats are listed by the prompt."""
-    lines = [line for line in context.splitlines() if not _OPTION.match(line) and not _SELECT.fullmatch(line)]
-    added = _SELECT.sub(" ", " ".join(line.strip() for line in lines)).strip()
+    repeated = {line.strip() for line in options.splitlines()}
+    kept = [line for line in context.splitlines() if line.strip() not in repeated]
+    added = _SELECT.sub("", "\n".join(kept)).strip()
     question = question.strip()
-    if not added or added in question:
+    if not added or _words(added) in _words(question):
         return question
-    return added if question in added else f"{added}\n{question}"
+    return added if _words(question) in _words(added) else f"{added}\n{question}"
+
+
+def _words(text: str) -> str:
+    return " ".join(text.split())

@@ -8,14 +8,20 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, Literal
 
 from polyground.errors import DataError
 from polyground.geometry import Box
+from polyground.imagefile import ImageError, problem_of
 from polyground.records import Example
 
 OnBad = Literal["raise", "quarantine"]
@@ -26,9 +32,18 @@ NAMED = 10
 HUB = "hub:"
 """A path `hub:owner/name` names a data set of the Hugging Face hub (`sources.hub`)."""
 
+_SCREENED, _DECODERS = 256, 8
+"""Rows whose images are checked together, and how many images at a time."""
+
+_row: ContextVar[int] = ContextVar("row", default=0)
+"""The row that `scan_rows` is at, for whoever finds its example bad only afterwards."""
+
 _CHUNK = 1 << 20
 _MAX_ROW = 1 << 26
 """Characters of one row of a JSON list; what is longer is a file with a broken row, not a row."""
+_SPACE = re.compile(r"[ \t\n\r]*")
+_HUGE = 1e12
+"""No coordinate is as large; Python cannot divide whole numbers that no float holds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +63,13 @@ Item = Example | BadRow
 
 
 class RowError(ValueError):
-    """A row is bad; carries the countable reason beside the message."""
+    """A row, or one turn of it, is bad; carries the countable reason beside the message."""
 
-    def __init__(self, reason: str, detail: str) -> None:
+    def __init__(self, reason: str, detail: str, key: str | None = None) -> None:
         super().__init__(detail)
         self.reason = reason
+        self.key = key
+        """Key of the turn that is bad, where it is not the whole row."""
 
 
 # ---------------------------------------------------------------- rows to examples
@@ -60,25 +77,26 @@ class RowError(ValueError):
 
 def scan_rows(
     path: Path,
-    read_row: Callable[[Any, str], Example | Iterable[Example]],
+    read_row: Callable[[Any, str], Example | Iterable[Example | RowError]],
     *,
     name: str,
     task_field: str | None = None,
     duplicates: Literal["report", "keep"] = "report",
     rows: Iterable[tuple[int, Any]] | None = None,
 ) -> Iterator[Item]:
-    """Every row of a file as an example (or several), or as a BadRow when `read_row` raises RowError.
+    """Every row of a file as an example (or several), or as a BadRow when `read_row` raises RowError, or gives one among others.
 
     `read_row` is given the row and its key: `name/task/position in its task`, or `name/position` without a task field. A
     question that an earlier row asked of the same images is a BadRow of reason `duplicate` unless duplicates are kept.
     `rows` replaces the rows of the file, for formats that join several tables.
     """
     positions: Counter[str] = Counter()
-    seen: set[bytes] = set()
+    seen: set[int] = set()
     for number, row in stream_rows(path) if rows is None else rows:
         task = str(row.get(task_field)) if task_field and isinstance(row, dict) else "?" if task_field else None
         key = f"{name}/{positions['']}" if task is None else f"{name}/{task}/{positions[task]}"
         positions["" if task is None else task] += 1
+        _row.set(number)
         try:
             found = read_row(row, key)
             examples = [found] if isinstance(found, Example) else list(found)
@@ -86,6 +104,9 @@ def scan_rows(
             yield BadRow(number, key, error.reason, str(error))
             continue
         for example in examples:
+            if isinstance(example, RowError):
+                yield BadRow(number, example.key or key, example.reason, str(example))
+                continue
             identity = _identity(example)
             if identity in seen and duplicates == "report":
                 yield BadRow(number, example.key, "duplicate", "an earlier row asks the same question about the same images")
@@ -94,9 +115,10 @@ def scan_rows(
             yield example
 
 
-def _identity(example: Example) -> bytes:
-    parts = (example.task, example.images, example.question, example.question_boxes, example.choices)
-    return hashlib.blake2b(repr(parts).encode("utf-8", "surrogatepass"), digest_size=16).digest()
+def _identity(example: Example) -> int:
+    """A small number in place of what makes two examples the same question."""
+    parts = (example.task, [str(image) for image in example.images], example.question, example.question_boxes, example.choices)
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode("utf-8", "surrogatepass"), digest_size=8).digest())
 
 
 def collect(items: Iterable[Item]) -> tuple[list[Example], list[BadRow]]:
@@ -116,21 +138,40 @@ def reasons_of(bad: Iterable[BadRow]) -> dict[str, int]:
     return dict(Counter(row.reason for row in bad))
 
 
-def require_none_bad(bad: Sequence[BadRow], path: Path) -> None:
+def require_none_bad(bad: Sequence[BadRow], path: Path, *, remedy: str = "repair them or read with on_bad: quarantine") -> None:
     """Raises one DataError that counts the reasons and names the first ten bad rows."""
     if not bad:
         return
     counts = ", ".join(f"{count} {reason}" for reason, count in reasons_of(bad).items())
     rows = "".join(f"\n  row {row.row} ({row.key}): {row.detail}" for row in bad[:NAMED])
-    raise DataError(f"{path}: {len(bad)} bad rows ({counts}); repair them or read with on_bad: quarantine{rows}")
+    raise DataError(f"{path}: {len(bad)} bad rows ({counts}); {remedy}{rows}")
 
 
-def require_images(examples: Iterable[Example], path: Path) -> None:
-    """Raises DataError naming the first ten image files that do not exist."""
-    missing = [image for image in dict.fromkeys(i for example in examples for i in example.images) if not image.is_file()]
-    if missing:
-        names = "".join(f"\n  {image}" for image in missing[:NAMED])
-        raise DataError(f"{path}: {len(missing)} image files are missing; set images_root to the folder they lie under{names}")
+def screen_images(items: Iterable[Item], *, decode: bool) -> Iterator[Item]:
+    """The same items, with a BadRow for every example that has an image file which cannot be used.
+
+    Files are looked up, or with `decode` opened and decoded to their end, each once, several at a time. Reasons are those of
+    `imagefile.ImageError`.
+    """
+    checked: dict[Path, ImageError | None] = {}
+
+    numbered = ((_row.get() if isinstance(item, Example) else item.row, item) for item in items)
+    with ThreadPoolExecutor(max_workers=_DECODERS if decode else 1) as pool:
+        while few := list(islice(numbered, _SCREENED)):
+            images = dict.fromkeys(image for _, item in few if isinstance(item, Example) for image in item.images)
+            new = [image for image in images if image not in checked]
+            checked.update(zip(new, pool.map(partial(problem_of, decode=decode), new), strict=True))
+            for number, item in few:
+                errors = [] if isinstance(item, BadRow) else [e for image in item.images if (e := checked[image]) is not None]
+                if isinstance(item, Example) and errors:
+                    yield BadRow(number, item.key, errors[0].reason, "; ".join(map(str, errors[:NAMED])))
+                else:
+                    yield item
+
+
+def current_row() -> int:
+    """1-based position of the row that `scan_rows` gave last; 0 before the first."""
+    return _row.get()
 
 
 # ---------------------------------------------------------------- files to rows
@@ -205,35 +246,46 @@ def _is_one_object(first: str, file: IO[str]) -> bool:
 
 def _list_rows(buffer: str, file: IO[str], path: Path) -> Iterator[tuple[int, Any]]:
     """The elements of a JSON list, one in memory at a time; `buffer` is what follows the opening bracket."""
-    decoder, number, size = json.JSONDecoder(), 0, _CHUNK
-    buffer = buffer.lstrip()
-    while not (number == 0 and buffer.startswith("]")):
+    decoder, number, at, size = json.JSONDecoder(), 0, 0, _CHUNK
+    while True:
+        at = _after_space(buffer, at)
+        if number == 0 and buffer.startswith("]", at):
+            return
         try:
-            row, end = decoder.raw_decode(buffer)
-            rest = buffer[end:].lstrip()
-            whole = bool(rest)
+            row, end = decoder.raw_decode(buffer, at)
+            end = _after_space(buffer, end)
         except RecursionError as error:
             raise DataError(f"{path}: row {number + 1} is nested too deeply; download or build it again") from error
         except ValueError as error:
-            whole, problem = False, error
+            problem = error
         else:
-            problem = ValueError("the file ends in the middle of the list")
-        if not whole or rest[0] not in ",]":
-            more = "" if whole or len(buffer) > _MAX_ROW else file.read(size)
-            if not more:
-                raise DataError(
-                    f"{path}: row {number + 1} is not valid JSON ({problem}); download or build it again"
-                ) from problem
-            # Doubling keeps the cost of trying again linear in the length of a long row.
-            buffer, size = buffer + more, min(2 * size, _MAX_ROW)
-            continue
-        number += 1
-        yield number, row
-        if rest[0] == "]":
-            return
-        buffer = rest[1:].lstrip()
-        if len(buffer) < _CHUNK // 2:
-            buffer, size = (buffer + file.read(_CHUNK)).lstrip(), _CHUNK
+            if end < len(buffer) and buffer[end] in ",]":
+                number += 1
+                yield number, row
+                if buffer[end] == "]":
+                    return
+                at, size = end + 1, _CHUNK
+                continue
+            problem = ValueError("neither a comma nor the end of the list behind it")
+            # A number may go on behind what looks like its end: 5 | e-3.
+            if end < len(buffer) and not isinstance(row, int | float):
+                raise _broken_row(path, number + 1, problem)
+        # Perhaps only the rest of the row is missing. Doubling keeps the cost of trying again linear in its length.
+        more = "" if len(buffer) - at > _MAX_ROW else file.read(size)
+        if not more:
+            raise _broken_row(path, number + 1, problem)
+        buffer, at, size = buffer[at:] + more, 0, min(2 * size, _MAX_ROW)
+
+
+def _after_space(text: str, at: int) -> int:
+    found = _SPACE.match(text, at)
+    return found.end() if found else at
+
+
+def _broken_row(path: Path, number: int, problem: ValueError) -> DataError:
+    error = DataError(f"{path}: row {number} is not valid JSON ({problem}); download or build it again")
+    error.__cause__ = problem
+    return error
 
 
 def _parquet_rows(path: Path) -> Iterator[Any]:
@@ -276,6 +328,8 @@ def unit_box(numbers: Any, *, width: float, height: float, what: str) -> Box:
     """
     if not isinstance(numbers, list | tuple) or len(numbers) != 4 or not all(_is_number(n) for n in numbers):
         raise RowError("malformed", f"the {what} must be four numbers; got {shortened(numbers)}")
+    if not all(abs(n) < _HUGE for n in numbers):
+        raise RowError("out_of_range", f"the {what} leaves the image: {shortened(numbers)}")
     x0, y0, x1, y1 = numbers[0] / width, numbers[1] / height, numbers[2] / width, numbers[3] / height
     if not (min(x0, y0, x1, y1) >= 0 and max(x0, y0, x1, y1) <= 1):
         raise RowError("out_of_range", f"the {what} leaves the image: {list(numbers)} on {width:g} x {height:g}")
@@ -323,21 +377,23 @@ class ImageRoot:
         name = name.removeprefix("file://")
         if self.strip_prefix and name.startswith(self.strip_prefix):
             name = name[len(self.strip_prefix) :].lstrip("/")
-        path = Path(os.path.normpath(self.folder / PurePosixPath(name)))
-        if not path.is_relative_to(os.path.normpath(self.folder)):
-            if Path(name).is_absolute():
+        name = os.path.normpath(name)
+        if name.startswith("/"):
+            if not Path(name).is_relative_to(os.path.normpath(Path.cwd() / self.folder)):
                 raise RowError(
                     "unsafe_path",
                     f"{name} is an absolute path outside {self.folder}; set strip_prefix to the part it shares with all",
                 )
+        elif name == ".." or name.startswith("../"):
             raise RowError("unsafe_path", f"{name} leads out of {self.folder}; set images_root to the folder it starts from")
-        return path
+        return self.folder / name
 
     def _stored(self, content: bytes, name: object) -> Path:
         if self.store is None:
             raise RowError("embedded_image", "the row holds an image's bytes; set images_out to the folder to write them to")
         suffix = PurePosixPath(name).suffix.lower() if isinstance(name, str) else ""
-        file = self.store / f"{hashlib.sha256(content).hexdigest()[:32]}{suffix or _suffix(content)}"
+        suffix = suffix if suffix in _SUFFIXES else _suffix(content)
+        file = self.store / f"{hashlib.sha256(content).hexdigest()[:32]}{suffix}"
         if not file.is_file():
             try:
                 self.store.mkdir(parents=True, exist_ok=True)
@@ -363,6 +419,7 @@ def image_root(
     )
 
 
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 _MAGIC = {b"\x89PNG": ".png", b"\xff\xd8\xff": ".jpg", b"GIF8": ".gif", b"RIFF": ".webp", b"BM": ".bmp"}
 
 

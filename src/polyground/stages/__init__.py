@@ -6,20 +6,27 @@ What they share stands here: where things lie, how a split is read, how a model 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+import inspect
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import yaml
+
 from polyground.config import DataSource, Recipe
-from polyground.errors import DataError, StorageError
+from polyground.errors import ConfigError, DataError, StorageError
 from polyground.geometry import Grid
+from polyground.imagefile import problem_of
 from polyground.records import Example, Message
-from polyground.sources import read_source
+from polyground.sources import ABOUT_ROWS, SOURCES, BadRow, Item, chosen, read_source, scan_source
+from polyground.sources.reading import require_none_bad
 from polyground.storage import MANIFEST, read_manifest
 from polyground.worlds.build import SCENES, SPLITS, annotation_path
 
 if TYPE_CHECKING:
+    from polyground.benchmarks import Annotation
     from polyground.rewards import Scorer
     from polyground.rollout import Ask
     from polyground.sampling import Sampler
@@ -32,6 +39,9 @@ VERBS = {"sft-merged": "merge", "grpo-merged": "merge"}
 
 EVALUATED = ("test", "ood", "perception")
 """Fields of `data` and `world` whose splits are benchmarks; `ood` and `perception` stand for several splits each."""
+
+_ABOUT_FILES = ("check_images", "images_root", "images_out", "strip_prefix")
+"""Options of a data file that may differ between machines, and between two attempts at a stage."""
 
 Row = TypeVar("Row")
 
@@ -97,12 +107,16 @@ def world_splits(recipe: Recipe) -> list[str]:
 
 
 def own_splits(recipe: Recipe) -> dict[str, list[DataSource]]:
-    """Splits with data of the user's own, by name; each file of `ood` and `perception` is a benchmark of its own."""
+    """Splits with data of the user's own, by name; each file of `ood` and `perception` is a benchmark of its own.
+
+    It is called after its option `name`, or its file.
+    """
     data = recipe.data
     splits = {name: list(sources) for name in ("train", "rl", "validation", "test") if (sources := getattr(data, name))}
     for group in ("ood", "perception"):
         for position, source in enumerate(getattr(data, group)):
-            name = f"{group}_{source.path.stem}"
+            label = re.sub(r"[^\w.-]+", "_", str(source.options.get("name") or source.path.stem))
+            name = f"{group}_{label}"
             splits[name if name not in splits else f"{name}_{position}"] = [source]
     return splits
 
@@ -127,11 +141,94 @@ def read_split(recipe: Recipe, split: str) -> list[Example]:
     return read_source(SPLITS[split].source, annotation_path(world, split), name=split)
 
 
+def benchmark_rows(recipe: Recipe, split: str) -> Annotation | None:
+    """The rows of a split that is one file of a public benchmark, as its publishers count them; None for any other split.
+
+    As many as are evaluated. Duplicates and rows with a bad annotation are among them, whatever `on_bad` says.
+    """
+    from polyground.benchmarks import BENCHMARKS, read_annotation
+
+    files = own_splits(recipe).get(split, [])
+    if len(files) != 1 or files[0].source not in BENCHMARKS:
+        return None
+    file = files[0]
+    if {"limit", "skip", "every"} & file.options.keys():
+        # Figures on a part of a benchmark compare with nothing published.
+        return None
+    checked = file.options.get("check_images", True)
+    return read_annotation(
+        file.source,
+        file.path,
+        limit=recipe.evaluate.limit_per_split,
+        check_images="exists" if checked is True else checked or "no",
+        **scan_options(file),
+    )
+
+
+def require_images(rows: Iterable[Mapping[str, Any]], path: Path) -> None:
+    """Raises DataError, before a model is loaded, for rows of an earlier stage whose image files are no longer there."""
+    problems = ((number, row, problem_of(Path(image))) for number, row in enumerate(rows, start=1) for image in row["images"])
+    bad = [BadRow(number, row["key"], problem.reason, str(problem)) for number, row, problem in problems if problem is not None]
+    require_none_bad(bad, path, remedy=f"put the images back, or delete {path.parent} and run that stage again")
+
+
+def split_files(recipe: Recipe, split: str) -> list[DataSource]:
+    """The annotation files of a split, the simulated world's included; what `scan_file` reads row by row."""
+    sources = own_splits(recipe).get(split)
+    if sources is not None:
+        return sources
+    if split not in world_splits(recipe):
+        known = ", ".join([*own_splits(recipe), *world_splits(recipe)]) or "none"
+        raise DataError(f"the recipe has no split {split!r}; its splits: {known}")
+    world = recipe.out / "world"
+    if not (world / MANIFEST).is_file():
+        raise StorageError(f"{world}: the simulated world is not built; run `polyground world` with this recipe first")
+    path = annotation_path(world, split)
+    return [DataSource(source=SPLITS[split].source, path=path, options={"name": split})]
+
+
+def scan_options(source: DataSource) -> dict[str, Any]:
+    """The options that belong to the reader, without those that say what to do about bad rows and images."""
+    return {name: value for name, value in source.options.items() if name not in ABOUT_ROWS}
+
+
+def scan_file(source: DataSource) -> Iterator[Item]:
+    """The rows of a data file that its recipe uses, bad ones included, streamed; images are not looked at."""
+    chosen_rows = {name: source.options[name] for name in ("limit", "skip", "every") if name in source.options}
+    return chosen(scan_source(source.source, source.path, **scan_options(source)), **chosen_rows)
+
+
+def source_options(source: str, words: Sequence[str]) -> dict[str, Any]:
+    """`key=value` words of a command line; a value is YAML, except that a number stays text where the reader wants text."""
+    known = inspect.signature(SOURCES[source]).parameters if source in SOURCES else {}
+    options: dict[str, Any] = {}
+    for word in words:
+        key, equals, text = word.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"--option {word}: write it as key=value, as in images_root=photos")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--option {word}: the value is not YAML ({error}); put it in quotes") from error
+        wants_text = key in known and str(known[key].annotation).startswith("str")
+        options[key] = text if wants_text and not isinstance(value, bool | list | dict | None) else value
+    return options
+
+
 def split_identity(recipe: Recipe, split: str) -> Any:
     """What decides the examples of a split, for fingerprints and result tags: no path of this machine."""
     sources = own_splits(recipe).get(split)
     if sources is not None:
-        return [{"source": s.source, "file": s.path.name, "sha256": _digest(s.path), "options": s.options} for s in sources]
+        return [
+            # Where images lie, and how closely they are looked at, decides no row that could be used.
+            {
+                "source": s.source,
+                "file": s.path.name,
+                "sha256": _digest(s.path),
+                "options": {name: value for name, value in s.options.items() if name not in _ABOUT_FILES},
+            }
+            for s in sources
+        ]
     return {
         "source": f"simulated world, in the layout of {SPLITS[split].source}",
         "split": split,
@@ -158,6 +255,20 @@ def _with_unique_keys(examples: Sequence[Example], split: str) -> list[Example]:
             )
         seen.add(example.key)
     return list(examples)
+
+
+def aligned(header: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1) -> str:
+    """A table as text: the first `left` columns flush left, the others flush right, a line under the header."""
+    table = [list(header), *map(list, rows)]
+    widths = [max(len(row[column]) for row in table) for column in range(len(header))]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if column < left else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in table
+    ]
+    return "\n".join(f"  {line}".rstrip() for line in [lines[0], "─" * (sum(widths) + 2 * (len(widths) - 1)), *lines[1:]])
 
 
 def track(rows: Iterable[Row], description: str, *, total: int, done: int = 0) -> Iterator[Row]:

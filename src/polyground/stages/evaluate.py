@@ -1,39 +1,101 @@
 """Answer every benchmark split with the base, the SFT and the RL model, greedily, and tabulate.
 
 Each model has a folder of its own (`evaluate/base`, `evaluate/sft`, `evaluate/rl`) with the raw responses of every split,
-one `Rollout` a line; `evaluate/results.json` is made from them and from nothing else.
+one `Rollout` a line; `evaluate/results.json` is made from them and from the annotation. A split that is one file of a public
+benchmark is scored by that benchmark's rule and over its rows (`benchmarks`); every other split by the recipe's scorer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from polyground import __version__
+from polyground.benchmarks import (
+    BENCHMARKS,
+    Annotation,
+    compats_of,
+    fold_turns,
+    judge,
+    require_compat,
+    rows_wrong_by_annotation,
+    turns,
+)
+from polyground.benchmarks import tabulate as tabulate_benchmark
 from polyground.config import Recipe
-from polyground.errors import StorageError
+from polyground.conventions import Convention, load_convention
+from polyground.detection import require_pycocotools
+from polyground.errors import ConfigError, StorageError
+from polyground.geometry import Grid
+from polyground.imagefile import image_size
 from polyground.metrics import paired_difference, summarize
-from polyground.prompts import PROMPT_VERSION
+from polyground.prompts import INSTRUCTIONS, PROMPT_VERSION, student_messages
 from polyground.records import Example, Rollout
-from polyground.rollout import rollout_groups
-from polyground.stages import ROLES, evaluation_splits, model_path, open_student, read_split, split_identity, track, upstream
+from polyground.rollout import Ask, rollout_groups
+from polyground.stages import (
+    ROLES,
+    benchmark_rows,
+    evaluation_splits,
+    model_path,
+    open_student,
+    own_splits,
+    read_split,
+    split_identity,
+    track,
+    upstream,
+)
 from polyground.storage import RunFolder, atomic_write_json, read_rows
 
 PAIRS = (("base", "sft"), ("sft", "rl"), ("base", "rl"))
 """Which models are compared: first and second of each difference (second minus first)."""
 
 
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """One split as it is put to the models."""
+
+    examples: Sequence[Example]
+    """In order; a circular evaluation holds every rotation of a multiple choice."""
+    annotation: Annotation | None
+    """Of a public benchmark; None for the simulated world and for data of one's own."""
+
+
 def run(recipe: Recipe) -> Mapping[str, Any]:
     """Let every model there is answer every split, then write `results.json`."""
+    _require_compat(recipe)
     roles = present_roles(recipe)
-    splits = {name: read_split(recipe, name)[: recipe.evaluate.limit_per_split] for name in evaluation_splits(recipe)}
+    splits = {name: _asked(recipe, name).examples for name in evaluation_splits(recipe)}
     for role in roles:
         _answer_all(recipe, role, splits)
     results = tabulate(recipe, roles, list(splits))
     atomic_write_json(recipe.out / "evaluate" / "results.json", results)
     return results
+
+
+def _asked(recipe: Recipe, split: str) -> Asked:
+    annotation = benchmark_rows(recipe, split)
+    if annotation is not None and annotation.benchmark.headline == "average_precision":
+        require_pycocotools()  # now, and not after hours of answering
+    limit = recipe.evaluate.limit_per_split
+    examples = annotation.examples if annotation is not None else read_split(recipe, split)[:limit]
+    if recipe.evaluate.circular:
+        examples = [turn for example in examples for turn in turns(example)]
+    return Asked(examples, annotation)
+
+
+def _require_compat(recipe: Recipe) -> None:
+    """Raises ConfigError for a quirk that none of the recipe's benchmarks knows."""
+    name = recipe.evaluate.compat
+    if name is None:
+        return
+    files = [files[0] for files in own_splits(recipe).values() if len(files) == 1]
+    benchmarks = [BENCHMARKS[file.source] for file in files if file.source in BENCHMARKS]
+    if not benchmarks:
+        raise ConfigError(f"evaluate.compat = {name!r}: no split of the recipe is a public benchmark; leave it out")
+    if not any(name in compats_of(benchmark) for benchmark in benchmarks):
+        require_compat(benchmarks[0], name)
 
 
 def present_roles(recipe: Recipe) -> list[str]:
@@ -54,8 +116,12 @@ def _answer_all(recipe: Recipe, role: str, splits: Mapping[str, Sequence[Example
     config = recipe.evaluate
     identity = {
         "seed": recipe.seed,
-        # Intervals and thresholds are not among what decides the answers: changing them only makes the tables anew.
-        "evaluate": config.model_dump(include={"max_completion_length", "batch_size", "limit_per_split"}),
+        # Intervals, thresholds and quirks are not among what decides the answers: changing them only makes the tables anew.
+        "evaluate": {
+            **config.model_dump(include={"max_completion_length", "batch_size", "limit_per_split"}),
+            **({"circular": True} if config.circular else {}),
+            **({} if config.instruction == "recipe" else {"instruction": _instruction(recipe)}),
+        },
         "rewards": [reward.to_json() for reward in recipe.rewards],
         "prompts": recipe.prompts.to_json(),
         "prompt_version": PROMPT_VERSION,
@@ -73,7 +139,7 @@ def _answer_all(recipe: Recipe, role: str, splits: Mapping[str, Sequence[Example
             groups = rollout_groups(
                 examples,
                 sampler=student.sampler,
-                ask=student.ask,
+                ask=_asking(recipe, student.ask),
                 judge=student.scorer.score,
                 n=1,
                 temperature=0.0,
@@ -88,17 +154,101 @@ def _answer_all(recipe: Recipe, role: str, splits: Mapping[str, Sequence[Example
         folder.finish({"answers": {name: len(examples) for name, examples in splits.items()}})
 
 
+def _asking(recipe: Recipe, ask: Ask) -> Ask:
+    """The model's own way to be asked, with another instruction where the recipe names one."""
+    if recipe.evaluate.instruction == "recipe":
+        return ask
+    instruction = INSTRUCTIONS[recipe.evaluate.instruction]
+
+    def asking(example: Example) -> tuple[Any, Sequence[Grid]]:
+        _, grids = ask(example)
+        text = instruction.boxes if example.target.choice is None else instruction.choice
+        return student_messages(example, grids, instruction=text), grids
+
+    return asking
+
+
+def _instruction(recipe: Recipe) -> dict[str, str]:
+    """Name and version of what follows a question."""
+    name = recipe.evaluate.instruction
+    if name == "recipe":
+        return {"name": name, "text": recipe.prompts.instruction}
+    return {"name": name, "version": INSTRUCTIONS[name].version}
+
+
 def tabulate(recipe: Recipe, roles: Sequence[str], splits: Sequence[str]) -> dict[str, Any]:
     """What `results.json` holds: per split each model's summary and the paired differences, tagged with what decides them."""
-    folder = recipe.out / "evaluate"
-    answers = {(role, split): read_rollouts(folder / role / f"{split}.jsonl") for role in roles for split in splits}
-    tables = {split: _table(recipe, {role: answers[role, split] for role in roles}) for split in splits}
+    conventions = {role: _convention(recipe, role) for role in roles}
+    annotations = {split: benchmark_rows(recipe, split) for split in splits}
+    answers = {
+        (role, split): _answers(recipe, role, split, annotations[split], conventions[role]) for role in roles for split in splits
+    }
+    tables = {split: _table(recipe, {role: answers[role, split] for role in roles}, annotations[split]) for split in splits}
     for group in ("ood", "perception"):
         members = [split for split in splits if split.startswith(f"{group}_")]
         if len(members) > 1:
             pooled = {role: [_renamed(r, split) for split in members for r in answers[role, split]] for role in roles}
-            tables[f"{group} (all)"] = {**_table(recipe, pooled), "pooled": members}
-    return {"tags": _tags(recipe, splits), "models": list(roles), "splits": tables}
+            tables[f"{group} (all)"] = {**_table(recipe, pooled), "pooled": members, **_mean_headline(tables, members, roles)}
+    return {"tags": {**_tags(recipe, splits), "models": _told(conventions)}, "models": list(roles), "splits": tables}
+
+
+def _mean_headline(tables: Mapping[str, Any], members: Sequence[str], roles: Sequence[str]) -> dict[str, Any]:
+    """The mean of the members' headlines, whatever each counts; only where all are public benchmarks."""
+    if not all("benchmark" in tables[split] for split in members):
+        return {}
+    values = {role: [tables[split]["models"][role]["headline"]["value"] for split in members] for role in roles}
+    return {"mean_headline": {role: sum(found) / len(found) for role, found in values.items()}}
+
+
+def _told(conventions: Mapping[str, Convention]) -> dict[str, dict[str, Any]]:
+    """How each model writes boxes."""
+    return {
+        role: {
+            "model_type": convention.model_type,
+            "grid": "0-1000" if convention.per_mille else "pixels of the resized image",
+            "native": convention.native,
+            "max_pixels_total": convention.max_pixels_total,
+        }
+        for role, convention in conventions.items()
+    }
+
+
+def _convention(recipe: Recipe, role: str) -> Convention:
+    return load_convention(model_path(recipe, role), max_pixels_total=recipe.model.max_pixels_total)
+
+
+def _answers(recipe: Recipe, role: str, split: str, annotation: Annotation | None, convention: Convention) -> list[Rollout]:
+    """One model's answers to one split: those of a benchmark scored by its rule, rotations folded into their question."""
+    rollouts = read_rollouts(recipe.out / "evaluate" / role / f"{split}.jsonl")
+    if annotation is None:
+        return fold_turns(rollouts) if recipe.evaluate.circular else rollouts
+    asked = {turn.key: turn for example in annotation.examples for turn in turns(example)}
+    compat = _compat(recipe, annotation)
+    grids_of = _grids_of(convention)
+    scored = []
+    for rollout in rollouts:
+        example = asked[rollout.example]
+        score = judge(
+            annotation.benchmark,
+            rollout.completion.text,
+            example,
+            grids_of(example),
+            native=convention.native,
+            compat=compat,
+        )
+        scored.append(replace(rollout, score=score))
+    return [*fold_turns(scored), *rows_wrong_by_annotation(annotation)]
+
+
+def _compat(recipe: Recipe, annotation: Annotation) -> str | None:
+    name = recipe.evaluate.compat
+    return name if name in compats_of(annotation.benchmark) else None
+
+
+def _grids_of(convention: Convention) -> Callable[[Example], Sequence[Grid]]:
+    if convention.per_mille:
+        return lambda example: convention.grids([(1, 1)] * len(example.images))
+    return lambda example: convention.grids([image_size(image) for image in example.images])
 
 
 def read_rollouts(path: Path) -> list[Rollout]:
@@ -111,12 +261,29 @@ def _renamed(rollout: Rollout, split: str) -> Rollout:
     return replace(rollout, task=split, example=f"{split}:{rollout.example}")
 
 
-def _table(recipe: Recipe, answers: Mapping[str, Sequence[Rollout]]) -> dict[str, Any]:
+def _table(recipe: Recipe, answers: Mapping[str, Sequence[Rollout]], annotation: Annotation | None = None) -> dict[str, Any]:
     config = recipe.evaluate
-    models = {
-        role: summarize(rows, ious=config.ious, bootstrap=config.bootstrap, seed=recipe.seed).to_json()
-        for role, rows in answers.items()
-    }
+    if annotation is None:
+        models = {
+            role: summarize(rows, ious=config.ious, bootstrap=config.bootstrap, seed=recipe.seed).to_json()
+            for role, rows in answers.items()
+        }
+        benchmark = {}
+    else:
+        compat = _compat(recipe, annotation)
+        models = {
+            role: tabulate_benchmark(
+                annotation.benchmark,
+                rows,
+                annotation.examples,
+                ious=config.ious,
+                bootstrap=config.bootstrap,
+                seed=recipe.seed,
+                compat=compat,
+            ).to_json()
+            for role, rows in answers.items()
+        }
+        benchmark = {"benchmark": {**annotation.tags(), "compat": compat}}
     differences = {
         f"{second}-{first}": paired_difference(
             answers[first], answers[second], threshold=config.ious[0], bootstrap=config.bootstrap, seed=recipe.seed
@@ -124,7 +291,7 @@ def _table(recipe: Recipe, answers: Mapping[str, Sequence[Rollout]]) -> dict[str
         for first, second in PAIRS
         if first in answers and second in answers
     }
-    return {"models": models, "differences": differences}
+    return {"models": models, "differences": differences, **benchmark}
 
 
 def _tags(recipe: Recipe, splits: Sequence[str]) -> dict[str, Any]:
@@ -135,6 +302,9 @@ def _tags(recipe: Recipe, splits: Sequence[str]) -> dict[str, Any]:
         "that names no image (native form of an untrained family) may match on any",
         "prompt_version": PROMPT_VERSION,
         "instruction": recipe.prompts.instruction,
+        "instruction_set": _instruction(recipe),
+        "circular": recipe.evaluate.circular,
+        "compat": recipe.evaluate.compat,
         "decoding": {"temperature": 0.0, "max_completion_length": recipe.evaluate.max_completion_length},
         "headline_iou": recipe.evaluate.ious[0],
         "bootstrap": recipe.evaluate.bootstrap,

@@ -9,7 +9,7 @@ from polyground.config import Recipe
 from polyground.geometry import Grid
 from polyground.prompts import PROMPT_VERSION, student_messages
 from polyground.records import Example, Message
-from polyground.stages import best_device, model_path, upstream
+from polyground.stages import best_device, model_path, require_images, upstream
 from polyground.storage import RunFolder, read_rows
 
 
@@ -27,6 +27,9 @@ def run(recipe: Recipe) -> Mapping[str, Any]:
     with RunFolder(recipe.out / "grpo", "grpo", identity) as folder:
         if folder.complete:
             return folder.summary
+        kept = recipe.out / "reject" / "kept.jsonl"
+        rows = list(read_rows(kept))
+        require_images(rows, kept)
         from polyground.models import load_model
         from polyground.rewards import Scorer
         from polyground.sampling.local import LocalSampler
@@ -45,7 +48,7 @@ def run(recipe: Recipe) -> Mapping[str, Any]:
 
         summary = train_grpo(
             loaded,
-            [Example.from_json(row) for row in read_rows(recipe.out / "reject" / "kept.jsonl")],
+            [Example.from_json(row) for row in rows],
             recipe.grpo,
             sampler=LocalSampler,
             ask=ask,

@@ -30,7 +30,7 @@ from polyground.geometry import Box
 from polyground.metrics import Estimate
 from polyground.records import Example, Rollout
 from polyground.rollout import is_right
-from polyground.stages import ROLES, read_split
+from polyground.stages import ROLES, benchmark_rows, read_split
 from polyground.storage import MANIFEST, atomic_write_text, read_json, read_rows
 from polyground.vision import load_image, to_data_uri
 
@@ -313,7 +313,8 @@ def _log(recipe: Recipe, folder: str) -> list[dict[str, Any]]:
 
 
 def _examples(recipe: Recipe, split: str) -> dict[str, Example]:
-    return {example.key: example for example in read_split(recipe, split)}
+    rows = benchmark_rows(recipe, split)
+    return {example.key: example for example in (read_split(recipe, split) if rows is None else rows.examples)}
 
 
 def _shared(answers: Mapping[str, Mapping[str, Rollout]]) -> list[str]:

@@ -7,7 +7,8 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,17 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from polyground.config import Recipe, dump_recipe
-from polyground.stages import evaluation_splits, own_splits, world_splits
-from polyground.storage import MANIFEST, atomic_write_json, read_json
+from polyground.config import GrpoConfig, Recipe, SftConfig, dump_recipe
+from polyground.conventions import Convention, load_convention, model_folder
+from polyground.errors import DataError, StorageError
+from polyground.imagefile import image_size
+from polyground.memory import Prompts, describe, grpo_memory, model_size, sft_memory
+from polyground.prompts import student_messages
+from polyground.records import Example
+from polyground.stages import evaluation_splits, own_splits, scan_file, split_files, world_splits
+from polyground.storage import MANIFEST, atomic_write_json, read_json, read_manifest
+from polyground.tokens import PromptCounter
+from polyground.worlds.build import SPLITS
 
 FIGURE = ("world", "synthesize", "sft", "merge", "reject", "grpo", "merge", "evaluate", "report")
 """`merge` stands twice: it merges whatever adapters there are by then."""
@@ -137,15 +146,27 @@ MAKES = {"merge": ("sft-merged", "grpo-merged"), "evaluate": ("evaluate/base", "
 """Folders under `out` that a verb writes, where they are not called like the verb."""
 
 
+COUNTED_BYTES = 32 * 2**20
+"""A plan counts the rows of annotation files up to this size; larger ones would keep the user waiting."""
+
+ASSUMED_IMAGES, ASSUMED_TEXT = 4, 150
+"""Images and tokens of text of a prompt, where there is no data yet to measure."""
+
+LOOKED_AT = 100
+"""Rows of an annotation whose images a plan measures, by their headers, to estimate the memory."""
+
+
 def plan(recipe: Recipe, verb: str) -> str:
-    """Everything as text; nothing is opened but manifests."""
-    parts = {
+    """What a verb would do and need, as text. Only manifests, annotation, and the headers of images and weights are read."""
+    parts: dict[str, Iterable[str]] = {
         f"{verb}, resolved recipe": [dump_recipe(recipe).rstrip()],
         "inputs": _inputs(recipe, verb),
         "outputs": _outputs(recipe, verb),
-        "work": _work(recipe, verb),
+        "work on one device (steps and rollouts are shared out where there are more)": _work(recipe, verb),
+        "memory of one device": _memory(recipe, verb),
     }
-    return "\n\n".join(["\n".join([f"# {title}", *lines]) for title, lines in parts.items()] + ["dry run: nothing was done"])
+    blocks = [[f"# {title}", *lines] for title, lines in parts.items()]
+    return "\n\n".join(["\n".join(block) for block in blocks if len(block) > 1] + ["dry run: nothing was done"])
 
 
 def _inputs(recipe: Recipe, verb: str) -> Iterator[str]:
@@ -177,35 +198,189 @@ def _outputs(recipe: Recipe, verb: str) -> Iterator[str]:
 
 
 def _work(recipe: Recipe, verb: str) -> Iterator[str]:
+    """A line per stage: how many questions, completions and steps."""
+    counts = {split: _rows_of(recipe, split) for split in [*own_splits(recipe), *world_splits(recipe)]}
+
     def wanted(*verbs: str) -> bool:
         return verb == "run" or verb in verbs
 
-    world = recipe.world
     if wanted("world"):
-        yield f"world: splits {', '.join(world_splits(recipe)) or 'none'}"
+        splits = ", ".join(f"{split} {counts[split]:,}" for split in world_splits(recipe))
+        yield f"world       {splits or 'no split: all data are your own'}"
     if wanted("synthesize"):
-        attempts = recipe.synthesize.samples_per_example
-        yield f"synthesize: {_at_most(recipe.synthesize.limit, world.train)} questions, {attempts} attempts each"
+        synthesize = recipe.synthesize
+        completions = _completions(counts.get("train"), synthesize.limit, synthesize.samples_per_example)
+        yield f"synthesize  {completions} of the {synthesize.teacher} teacher"
     if wanted("sft"):
-        yield f"sft: {_sft_steps(recipe)}"
+        yield f"sft         {_sft_work(recipe, counts.get('train'))}"
     if wanted("reject"):
-        yield f"reject: {_at_most(recipe.reject.limit, world.rl)} questions x {recipe.reject.num_generations} completions"
+        reject = recipe.reject
+        yield (
+            f"reject      {_completions(counts.get('rl'), reject.limit, reject.num_generations)} of up to "
+            f"{reject.max_completion_length} tokens"
+        )
     if wanted("grpo"):
-        groups = recipe.grpo.per_device_train_batch_size * recipe.grpo.gradient_accumulation_steps
-        steps = recipe.grpo.max_steps if recipe.grpo.max_steps > 0 else "one pass of"
-        yield f"grpo: {steps} steps of {groups} groups x {recipe.grpo.num_generations} completions on each device"
+        yield f"grpo        {_grpo_work(recipe, counts.get('rl'))}"
     if wanted("evaluate"):
-        yield f"evaluate: base, sft, rl (those that exist) on {', '.join(evaluation_splits(recipe)) or 'no split'}"
+        yield f"evaluate    {_evaluate_work(recipe, counts)}"
 
 
-def _at_most(limit: int | None, size: int) -> str:
-    return f"up to {limit}" if limit is not None and limit < size else f"{size}"
+def _rows_of(recipe: Recipe, split: str) -> int | None:
+    """Questions of a split; None where a file is missing, damaged or too large to be counted in passing."""
+    if split in world_splits(recipe):
+        return int(getattr(recipe.world, SPLITS[split].size))
+    total = 0
+    for file in own_splits(recipe)[split]:
+        if not file.path.is_file() or file.path.stat().st_size > COUNTED_BYTES:
+            return None
+        try:
+            total += sum(isinstance(item, Example) for item in scan_file(file))
+        except DataError:
+            return None
+    return total
 
 
-def _sft_steps(recipe: Recipe) -> str:
-    config = recipe.sft
-    if config.max_steps > 0:
-        return f"{config.max_steps} steps"
+def _completions(questions: int | None, limit: int | None, each: int) -> str:
+    """`400 questions x 8 = 3,200 completions`."""
+    if questions is None:
+        return f"{f'at most {limit:,}' if limit else 'as many'} questions as there are x {each} completions"
+    asked = questions if limit is None else min(limit, questions)
+    return f"{asked:,} questions x {each} = {asked * each:,} completions"
+
+
+def _kept(recipe: Recipe, folder: str) -> int | None:
+    """Rows that a complete stage has kept."""
+    path = recipe.out / folder
+    return int(read_manifest(path).summary["kept"]) if (path / MANIFEST).is_file() else None
+
+
+def _at_most(questions: int | None, limit: int | None) -> int | None:
+    return questions if limit is None else limit if questions is None else min(limit, questions)
+
+
+def _sft_work(recipe: Recipe, questions: int | None) -> str:
+    config, kept = recipe.sft, _kept(recipe, "synthesize")
     batch = config.per_device_train_batch_size * config.gradient_accumulation_steps
-    rows = min(recipe.world.train, recipe.synthesize.limit or recipe.world.train)
-    return f"at most {math.ceil(rows * config.num_train_epochs / batch)} steps (batch {batch}; fewer where synthesis drops rows)"
+    if config.max_steps > 0:
+        return f"{config.max_steps:,} steps of {batch} rows"
+    rows = _at_most(questions, recipe.synthesize.limit) if kept is None else kept
+    if rows is None:
+        return f"(kept rows x {config.num_train_epochs:g} / {batch}) steps; the rows are known after synthesis"
+    most, less = ("at most ", ", fewer as synthesis drops rows") if kept is None else ("", "")
+    return f"{most}{sft_steps(rows, config):,} steps of {batch} rows: {rows:,} rows x {config.num_train_epochs:g} passes{less}"
+
+
+def _grpo_work(recipe: Recipe, questions: int | None) -> str:
+    config, kept = recipe.grpo, _kept(recipe, "reject")
+    groups = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    asked = _at_most(questions, recipe.reject.limit) if kept is None else kept
+    if config.max_steps < 0 and asked is None:
+        return f"(kept questions / {groups}) steps of {groups} groups x {config.num_generations} completions"
+    steps = grpo_steps(asked or 0, config)
+    rollouts = math.ceil(steps / config.num_iterations) * groups * config.num_generations
+    most = "at most " if config.max_steps < 0 and kept is None else ""
+    text = (
+        f"{most}{steps:,} steps of {groups} groups x {config.num_generations} completions: {rollouts:,} of up to "
+        f"{config.max_completion_length} tokens"
+    )
+    if asked:
+        passes = rollouts / config.num_generations / asked
+        text += f", {passes:.2g} passes over {'' if kept is not None else 'at most '}{asked:,} kept questions"
+    return text
+
+
+def sft_steps(rows: int, config: SftConfig) -> int:
+    """Optimiser steps on one device, as the trainer counts them."""
+    if config.max_steps > 0:
+        return config.max_steps
+    batches = math.ceil(rows / config.per_device_train_batch_size)
+    return max(1, math.ceil(math.ceil(batches / config.gradient_accumulation_steps) * config.num_train_epochs))
+
+
+def grpo_steps(questions: int, config: GrpoConfig) -> int:
+    """Optimiser steps on one device, as the trainer counts them."""
+    if config.max_steps > 0:
+        return config.max_steps
+    groups = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    return max(1, math.ceil(questions / groups) * config.num_iterations)
+
+
+def _evaluate_work(recipe: Recipe, counts: Mapping[str, int | None]) -> str:
+    config = recipe.evaluate
+    asked = {split: _at_most(counts[split], config.limit_per_split) for split in evaluation_splits(recipe)}
+    if not asked:
+        return "no split to evaluate on"
+    tokens = f"of up to {config.max_completion_length} tokens"
+    models = "base, SFT and RL model, as far as they exist"
+    if None in asked.values():
+        later = ", ".join(split for split, count in asked.items() if count is None)
+        return f"{models}: answers {tokens}; as many as there are questions, not counted yet for {later}"
+    # A limit is all that is known of a split whose file is not there yet.
+    most = "up to " if any(counts[split] is None for split in asked) else ""
+    total = sum(count or 0 for count in asked.values())
+    splits = ", ".join(f"{split} {count:,}" for split, count in asked.items())
+    return f"{models}: {most}{total:,} answers each, {3 * total:,} together, {tokens} ({splits})"
+
+
+def _memory(recipe: Recipe, verb: str) -> Iterator[str]:
+    """The estimate for SFT and GRPO, or what is missing for one."""
+    verbs = [name for name in ("sft", "grpo") if verb in ("run", name)]
+    if not verbs:
+        return
+    folder = model_folder(recipe.model.path)
+    if not (folder / "config.json").is_file():
+        yield (
+            f"not estimated: {folder} is not there yet. Its config.json and the headers of its safetensors files are enough: "
+            "run this again when they are"
+        )
+        return
+    size = model_size(folder)
+    convention = load_convention(folder, max_pixels_total=recipe.model.max_pixels_total)
+    counted = (
+        "by the headers of its weights" if size.counted_from == "weights" else "by its config.json: the weights are not there"
+    )
+    yield f"{recipe.model.path}: {size.parameters:,} parameters, {counted}"
+    for name in verbs:
+        prompts, origin = _longest_prompt(recipe, "train" if name == "sft" else "rl", convention)
+        if name == "sft":
+            completion = recipe.grpo.max_completion_length
+            estimate = sft_memory(size, recipe.sft, dtype=recipe.model.dtype, prompts=prompts, completion=completion)
+        else:
+            estimate = grpo_memory(size, recipe.grpo, dtype=recipe.model.dtype, prompts=prompts)
+        yield from describe(name, estimate)
+        yield f"  prompt: {origin}"
+    yield "an estimate: formulas in polyground.memory; `polyground validate` measures every prompt of the data"
+
+
+def _longest_prompt(recipe: Recipe, split: str, convention: Convention) -> tuple[Prompts, str]:
+    """The longest prompt among the first rows of a split, or of an assumed one where its images are not there."""
+    counter, found = PromptCounter(convention), []
+    for example in _first_examples(recipe, split):
+        try:
+            sizes = [image_size(image) for image in example.images]
+            messages = student_messages(example, convention.grids(sizes), instruction=recipe.prompts.instruction)
+            found.append(counter.count(messages, convention.canvases(sizes)))
+        except DataError:
+            continue
+    if found:
+        longest = max(found, key=lambda length: length.total)
+        return Prompts(
+            tokens=longest.total, image_tokens=longest.images
+        ), f"the longest of the first {len(found)} rows of {split}"
+    side = (224, 224) if split in world_splits(recipe) else (1024, 768)
+    tokens = sum(canvas.tokens for canvas in convention.canvases([side] * ASSUMED_IMAGES))
+    origin = (
+        f"ASSUMED, as {split} is not there yet: {ASSUMED_IMAGES} images of {side[0]} x {side[1]} pixels ({tokens:,} tokens) and "
+        f"{ASSUMED_TEXT} tokens of text"
+    )
+    return Prompts(tokens=tokens + ASSUMED_TEXT, image_tokens=tokens), origin
+
+
+def _first_examples(recipe: Recipe, split: str) -> list[Example]:
+    """The first good rows; none where the split is not there or cannot be read."""
+    try:
+        files = split_files(recipe, split)
+        items = (item for file in files for item in scan_file(file))
+        return [item for item in islice(items, LOOKED_AT) if isinstance(item, Example)]
+    except (DataError, StorageError):
+        return []

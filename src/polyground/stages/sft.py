@@ -9,7 +9,7 @@ from polyground.answer import write_completion
 from polyground.config import Recipe
 from polyground.prompts import PROMPT_VERSION, student_messages
 from polyground.records import Example, answer_from_json
-from polyground.stages import best_device, model_path, upstream
+from polyground.stages import best_device, model_path, require_images, upstream
 from polyground.storage import RunFolder, read_rows
 
 if TYPE_CHECKING:
@@ -30,6 +30,9 @@ def run(recipe: Recipe) -> Mapping[str, Any]:
     with RunFolder(recipe.out / "sft", "sft", identity) as folder:
         if folder.complete:
             return folder.summary
+        kept = recipe.out / "synthesize" / "kept.jsonl"
+        rows = list(read_rows(kept))
+        require_images(rows, kept)
         from polyground.models import load_model
         from polyground.training.sft import train_sft
 
@@ -39,7 +42,6 @@ def run(recipe: Recipe) -> Mapping[str, Any]:
             max_pixels_total=recipe.model.max_pixels_total,
             device=best_device(),
         )
-        rows = read_rows(recipe.out / "synthesize" / "kept.jsonl")
         lessons = [_lesson(row, loaded.family, instruction=recipe.prompts.instruction) for row in rows]
         summary = train_sft(loaded, lessons, recipe.sft, out=folder.path, seed=recipe.seed)
         return folder.finish({**summary, "seconds": folder.seconds}).summary
@@ -51,4 +53,4 @@ def _lesson(row: Mapping[str, Any], family: Family, *, instruction: str) -> Less
     example = Example.from_json(row)
     grids = family.grids(example.images)
     messages = student_messages(example, grids, instruction=instruction)
-    return Lesson(tuple(messages), write_completion(row["reasoning"], answer_from_json(row["answer"]), grids))
+    return Lesson(tuple(messages), write_completion(row["reasoning"], answer_from_json(row["answer"]), grids), example.key)

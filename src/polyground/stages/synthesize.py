@@ -8,25 +8,32 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 from random import Random
 from typing import Any
 
 from polyground.answer import Answer, Located, follows_contract, reasoning_of
 from polyground.config import Recipe, SynthesizeConfig
+from polyground.conventions import GRIDS, Convention, load_convention, named_grid
 from polyground.errors import ConfigError, DataError
 from polyground.geometry import PER_MILLE, Grid
+from polyground.imagefile import image_size
 from polyground.prompts import PROMPT_VERSION, teacher_messages
 from polyground.records import Example, Message, Rollout, answer_to_json
 from polyground.rewards import Scorer
-from polyground.rollout import Group, is_confirmed, rollout_groups
+from polyground.rollout import Ask, Group, is_confirmed, rollout_groups
 from polyground.sampling import Sampler, sample_seed
 from polyground.sampling.scripted import ScriptedSampler
 from polyground.stages import own_splits, read_split, scenes_path, split_identity, track
 from polyground.storage import RunFolder
+from polyground.vision import canvas_of
 from polyground.worlds.teacher import read_scene_rows, row_of, scripted_completion
+
+GridsOf = Callable[[Sequence[Path]], Sequence[Grid]]
+"""The grid of each image of one prompt."""
 
 
 class Dropped(StrEnum):
@@ -65,7 +72,7 @@ def run(recipe: Recipe) -> Mapping[str, Any]:
         groups = rollout_groups(
             examples,
             sampler=teacher.sampler,
-            ask=ask_teacher,
+            ask=teacher.ask,
             judge=Scorer(recipe.rewards).score,
             n=config.samples_per_example,
             temperature=config.temperature,
@@ -89,20 +96,59 @@ class Teacher:
     name: str
     """Provenance, written to every row."""
     sampler: Sampler
+    ask: Ask
     batch: int
     """Questions asked at once."""
 
 
 def open_teacher(recipe: Recipe, split: str, examples: Sequence[Example]) -> Teacher:
     """The recipe's teacher for the examples of a split."""
-    sampler, name, batch = _scripted(recipe, split, examples) if recipe.synthesize.teacher == "scripted" else _endpoint(recipe)
-    return Teacher(name=name, sampler=sampler, batch=batch)
+    grids_of, convention = teacher_grids(recipe.synthesize)
+    if recipe.synthesize.teacher == "scripted":
+        sampler, name, batch = _scripted(recipe, split, examples)
+    else:
+        sampler, name, batch = _endpoint(recipe, convention)
+    return Teacher(name=name, sampler=sampler, ask=ask_of(grids_of), batch=batch)
 
 
-def ask_teacher(example: Example) -> tuple[Sequence[Message], Sequence[Grid]]:
-    """The annotation is hidden. Boxes are asked for per-mille, whatever the teacher's own convention: the prompt says so."""
-    grids = [PER_MILLE] * len(example.images)
-    return teacher_messages(example, grids), grids
+def ask_of(grids_of: GridsOf) -> Ask:
+    """How the teacher is asked: the annotation hidden, and the grid of its boxes told."""
+
+    def ask(example: Example) -> tuple[Sequence[Message], Sequence[Grid]]:
+        grids = grids_of(example.images)
+        return teacher_messages(example, grids), grids
+
+    return ask
+
+
+def teacher_grids(config: SynthesizeConfig) -> tuple[GridsOf, Convention | None]:
+    """The grids a teacher writes boxes of a prompt's images on, and its convention where `teacher_grid` is a model folder.
+
+    Raises ConfigError for neither a known name nor a folder.
+    """
+    name = config.teacher_grid
+    if name in GRIDS:
+        if config.teacher_max_pixels_total is not None:
+            raise ConfigError(
+                f"synthesize.teacher_max_pixels_total needs the folder of the model served as synthesize.teacher_grid; "
+                f"with {name!r} images are sent as they are"
+            )
+        if named_grid(name, 1, 1) == named_grid(name, 2, 2):
+            return lambda images: [named_grid(name, 1, 1)] * len(images), None
+        return lambda images: [named_grid(name, *image_size(image)) for image in images], None
+    if not Path(name).is_dir():
+        raise ConfigError(
+            f"synthesize.teacher_grid {name!r} is neither one of {', '.join(GRIDS)} nor a model folder; name how the teacher "
+            "writes boxes"
+        )
+    convention = load_convention(name, max_pixels_total=config.teacher_max_pixels_total)
+    if convention.per_mille:
+        return lambda images: [PER_MILLE] * len(images), convention
+
+    def pixels(images: Sequence[Path]) -> list[Grid]:
+        return [canvas_of(image, image_size(image), convention, images=len(images)).grid for image in images]
+
+    return pixels, convention
 
 
 def _scripted(recipe: Recipe, split: str, examples: Sequence[Example]) -> tuple[Sampler, str, int]:
@@ -123,14 +169,14 @@ def _scripted(recipe: Recipe, split: str, examples: Sequence[Example]) -> tuple[
     return ScriptedSampler(script), "scripted", 32
 
 
-def _endpoint(recipe: Recipe) -> tuple[Sampler, str, int]:
+def _endpoint(recipe: Recipe, convention: Convention | None) -> tuple[Sampler, str, int]:
     from polyground.sampling.endpoint import EndpointSampler
 
     config = recipe.synthesize
     if config.teacher_base_url is None or config.teacher_model is None:
         raise ConfigError("synthesize.teacher: endpoint needs teacher_base_url and teacher_model")
-    sampler = EndpointSampler(config.teacher_base_url, config.teacher_model, api_key_env=config.api_key_env)
-    return sampler, config.teacher_model, 16
+    url, model = config.teacher_base_url, config.teacher_model
+    return EndpointSampler(url, model, api_key_env=config.api_key_env, convention=convention), model, 16
 
 
 def _keep_or_drop(folder: RunFolder, group: Group, *, config: SynthesizeConfig, origin: Mapping[str, Any]) -> None:

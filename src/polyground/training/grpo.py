@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import Trainer
 
-from polyground.batches import PackedGroup, pack_group
-from polyground.config import GrpoConfig
+from polyground.batches import PackedGroup, join_groups, pack_group
+from polyground.config import GrpoConfig, PrefixAttention
 from polyground.errors import ConfigError, DataError
 from polyground.losses import (
     BatchSize,
@@ -37,16 +37,20 @@ from polyground.losses import (
     without_variance,
 )
 from polyground.models import Family, ImageFeatures, Loaded, Prompt
-from polyground.models.linear_attention import packed_mask
+from polyground.models.linear_attention import has_linear_attention, packed_mask
+from polyground.models.shared_prefix import SHARED_PREFIX
 from polyground.records import Completion, Example, Message, Rollout
 from polyground.rollout import Ask, Group, Judge, rollout_groups
 from polyground.sampling import Sampler
-from polyground.training.runs import add_adapter, append_rows, require_sdpa, train, training_arguments
+from polyground.training.runs import add_adapter, append_rows, require_packable, train, training_arguments
 
 # Shapes: G completions of one prompt, T tokens of the longest of them, N all their tokens laid end to end.
 
 ROLLOUTS = "rollouts.jsonl"
 """One row per completion sampled in training: `step` (0-based), `advantage`, and the `Rollout`."""
+
+SHORT = 512
+"""Packed rows of fewer tokens are cheaper under a mask on a CPU."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -127,18 +131,79 @@ class Remembering:
         self._features.clear()
 
 
-def score_group(model: Any, family: Any, packed: PackedGroup, features: ImageFeatures, *, temperature: float) -> TokenScores:
+def score_group(
+    model: Any,
+    family: Any,
+    packed: PackedGroup,
+    features: ImageFeatures,
+    *,
+    temperature: float,
+    attention: PrefixAttention = "auto",
+) -> TokenScores:
     """Log-probabilities and entropies of all completion tokens of a group, from one packed forward pass."""
+    [scores] = score_groups(model, family, [packed], [features], temperature=temperature, attention=attention)
+    return scores
+
+
+def score_groups(
+    model: Any,
+    family: Any,
+    groups: Sequence[PackedGroup],
+    features: Sequence[ImageFeatures],
+    *,
+    temperature: float,
+    attention: PrefixAttention = "auto",
+) -> list[TokenScores]:
+    """The same for several groups, in one pass where their attention allows; the results do not depend on it."""
+    decoder = family.language_model(model)
+    joined = join_groups(groups)
+    if not shares_prefix(decoder, joined, attention):
+        return [
+            _scores(model, family, group, [seen], temperature, mask=group.mask_11SS)
+            for group, seen in zip(groups, features, strict=True)
+        ]
+    if has_linear_attention(decoder):
+        return [_scores(model, family, group, [seen], temperature) for group, seen in zip(groups, features, strict=True)]
+    scores = _scores(model, family, joined, features, temperature)
+    counts = [sum(group.lengths) for group in groups]
+    parts = zip(scores.logprobs_N.split(counts), scores.entropies_N.split(counts), strict=True)
+    return [TokenScores(logprobs_N, entropies_N) for logprobs_N, entropies_N in parts]
+
+
+def _scores(
+    model: Any,
+    family: Any,
+    packed: PackedGroup,
+    features: Sequence[ImageFeatures],
+    temperature: float,
+    *,
+    mask: Tensor | None = None,
+) -> TokenScores:
+    options: dict[str, Any] = {} if mask is not None else {"layout": packed.layout}
+    # With a layout no mask is read, but without one transformers would build a causal mask of its own.
+    mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=packed.input_ids_1S.device) if mask is None else mask
     outputs = family.forward(
         model,
         input_ids=packed.input_ids_1S,
         position_ids=packed.positions_31S,
-        features=[features],
-        attention_mask=packed_mask(family.language_model(model), packed.mask_11SS, lengths=packed.lengths),
+        features=features,
+        attention_mask=packed_mask(family.language_model(model), mask, lengths=packed.lengths),
         logits_to_keep=packed.keep_N,
         use_cache=False,
+        **options,
     )
     return token_scores(outputs.logits[0], packed.targets_N, temperature=temperature)
+
+
+def shares_prefix(decoder: Any, packed: PackedGroup, attention: PrefixAttention) -> bool:
+    """Whether a packed forward uses shared-prefix attention (`models.shared_prefix`) rather than a dense mask.
+
+    `auto` takes it wherever it is there, except for rows so short on a CPU that a mask costs less than the pieces.
+    """
+    there = decoder.config._attn_implementation == SHARED_PREFIX and all(group.prefix for group in packed.layout)
+    if attention == "auto":
+        return there and (packed.input_ids_1S.shape[1] >= SHORT or packed.input_ids_1S.device.type != "cpu")
+    return there and attention == "shared"
 
 
 class GrpoTrainer(Trainer):
@@ -157,7 +222,7 @@ class GrpoTrainer(Trainer):
         judge: Judge,
         seed: int,
     ) -> None:
-        require_sdpa(model)
+        require_packable(model)
         if args.save_steps % config.num_iterations:
             raise ConfigError(
                 f"grpo.save_steps {args.save_steps} must be a multiple of num_iterations {config.num_iterations}: "
@@ -207,7 +272,7 @@ class GrpoTrainer(Trainer):
             used = lots[:1]
         if not used:
             return torch.stack([p.sum() for p in model.parameters() if p.requires_grad]).sum() * 0.0
-        return torch.stack([self._loss(model, lot) for lot in used]).sum()
+        return torch.stack(self._losses(model, used)).sum()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
@@ -217,10 +282,22 @@ class GrpoTrainer(Trainer):
     def floating_point_ops(self, inputs: Any) -> int:
         return 0
 
-    # One group under the policy --------------------------------------------------------------------------------------
+    # Groups under the policy -----------------------------------------------------------------------------------------
 
-    def _loss(self, model: Any, lot: Lot) -> Tensor:
-        scores = score_group(model, self._family, lot.packed, lot.features, temperature=self.config.temperature)
+    def _losses(self, model: Any, lots: Sequence[Lot]) -> list[Tensor]:
+        return [self._loss(lot, scores) for lot, scores in zip(lots, self._score(model, lots), strict=True)]
+
+    def _score(self, model: Any, lots: Sequence[Lot]) -> list[TokenScores]:
+        return score_groups(
+            model,
+            self._family,
+            [lot.packed for lot in lots],
+            [lot.features for lot in lots],
+            temperature=self.config.temperature,
+            attention=self.config.prefix_attention,
+        )
+
+    def _loss(self, lot: Lot, scores: TokenScores) -> Tensor:
         result = grpo_loss(
             GrpoInputs(
                 logprobs_GT=lot.packed.unpack(scores.logprobs_N),
@@ -297,7 +374,7 @@ class GrpoTrainer(Trainer):
         return lot
 
     def _logprobs(self, model: Any, lot: Lot) -> Tensor:
-        scores = score_group(model, self._family, lot.packed, lot.features, temperature=self.config.temperature)
+        [scores] = self._score(model, [lot])
         return lot.packed.unpack(scores.logprobs_N)
 
     def _gathered(self, values: Sequence[float]) -> list[float]:

@@ -27,6 +27,7 @@ from transformers import (
 from polyground.config import TrainingConfig
 from polyground.errors import ConfigError, StorageError
 from polyground.models import Family
+from polyground.models.shared_prefix import SHARED_PREFIX
 from polyground.storage import RowWriter, atomic_write_text, read_rows
 
 logger = logging.getLogger("polyground")
@@ -53,11 +54,11 @@ def add_adapter(model: Any, family: Family, config: TrainingConfig, *, seed: int
     return adapted
 
 
-def require_sdpa(model: Any) -> None:
-    """Refuse attention functions that misread the packed mask. `eager` adds a bool mask as numbers, silently wrong."""
+def require_packable(model: Any) -> None:
+    """Refuse attention functions that misread a packed group. `eager` adds a bool mask as numbers, silently wrong."""
     found = model.config.get_text_config()._attn_implementation
-    if found != "sdpa":
-        raise ConfigError(f"grpo: attention {found!r} cannot train packed groups; load the model with attn_implementation='sdpa'")
+    if found not in ("sdpa", SHARED_PREFIX):
+        raise ConfigError(f"grpo: attention {found!r} cannot train packed groups; load the model with models.load_model")
 
 
 def training_arguments(config: TrainingConfig, out: Path, *, seed: int, max_steps: int, use_cpu: bool) -> TrainingArguments:

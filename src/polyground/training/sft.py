@@ -16,8 +16,9 @@ from transformers import Trainer
 from polyground.batches import collate_completions
 from polyground.config import SftConfig
 from polyground.errors import DataError
+from polyground.imagefile import ImageError
 from polyground.losses import IGNORED, completion_loss
-from polyground.models import Loaded, Prompt
+from polyground.models import Family, Loaded, Prompt
 from polyground.records import Message
 from polyground.training.runs import add_adapter, train, training_arguments
 
@@ -30,6 +31,8 @@ class Lesson:
 
     messages: tuple[Message, ...]
     completion: str
+    key: str = ""
+    """Of its example, for errors."""
 
 
 class Lessons(Dataset[tuple[Prompt, list[int]]]):
@@ -44,21 +47,29 @@ class Lessons(Dataset[tuple[Prompt, list[int]]]):
 
     def __getitem__(self, index: int) -> tuple[Prompt, list[int]]:
         lesson = self._lessons[index]
-        return self._family.encode(lesson.messages), list(self._family.completion_ids(lesson.completion))
+        try:
+            return self._family.encode(lesson.messages), list(self._family.completion_ids(lesson.completion))
+        except ImageError as error:
+            raise DataError(
+                f"{lesson.key}: {error}; then run the same command again, which goes on from its checkpoint"
+            ) from error
 
 
 class SftTrainer(Trainer):
     """transformers' Trainer with the loss on completion tokens, averaged over the whole optimiser batch."""
 
-    def __init__(self, model: Any, *, args: Any, lessons: Lessons, collate: Callable[..., dict[str, Tensor]]) -> None:
+    def __init__(
+        self, model: Any, *, args: Any, family: Family, lessons: Lessons, collate: Callable[..., dict[str, Any]]
+    ) -> None:
         super().__init__(model=model, args=args, train_dataset=lessons, data_collator=collate)
+        self._family = family
         # Makes Trainer count the completion tokens of the optimiser batch, which our loss then divides by.
         self.model_accepts_loss_kwargs = True
 
     def compute_loss(
         self,
         model: Any,
-        inputs: dict[str, Tensor],
+        inputs: dict[str, Any],
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
@@ -66,7 +77,9 @@ class SftTrainer(Trainer):
         # Logits are needed from the place before the first completion token on; before it stand mostly image tokens.
         first = int((labels_BT != IGNORED).any(0).nonzero()[0]) - 1
         keep = torch.arange(first, labels_BT.shape[1] - 1, device=labels_BT.device)
-        outputs = model(**inputs, logits_to_keep=keep, use_cache=False)
+        # The vision tower is frozen: images are encoded without gradient, by the same call as in sampling and GRPO.
+        features = self._family.encode_images_of(model, inputs.pop("prompts"))
+        outputs = self._family.forward(model, **inputs, features=features, logits_to_keep=keep, use_cache=False)
         loss = completion_loss(outputs.logits, labels_BT[:, first + 1 :], tokens=num_items_in_batch)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             # The count is over all processes, and gradients are averaged over them.
@@ -86,10 +99,10 @@ def train_sft(loaded: Loaded, lessons: Sequence[Lesson], config: SftConfig, *, o
     args.max_steps = sft_steps(len(lessons), config, processes=args.world_size)
     args.warmup_steps = math.ceil(config.warmup_ratio * args.max_steps)
 
-    def collate(rows: Sequence[tuple[Prompt, Sequence[int]]]) -> dict[str, Tensor]:
+    def collate(rows: Sequence[tuple[Prompt, Sequence[int]]]) -> dict[str, Any]:
         return collate_completions(rows, pad_token_id=loaded.family.pad_token_id)
 
-    trainer = SftTrainer(model, args=args, lessons=Lessons(lessons, loaded), collate=collate)
+    trainer = SftTrainer(model, args=args, family=loaded.family, lessons=Lessons(lessons, loaded), collate=collate)
     return {"rows": len(lessons), **train(trainer, out)}
 
 
