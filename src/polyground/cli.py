@@ -34,6 +34,7 @@ STAGES = {
 _GROUND = "ask a model about image files and see the box"
 TOOLS = {
     "convert": "rewrite a data set in another format, row by row",
+    "export": "write rows of ours (converted, kept by synthesize or reject) in a layout of ShareGPT, ms-swift, TRL, …",
     "validate": "check a data set or a recipe before training: rows, images, boxes, leakage, tokens, memory",
     "check-coords": "draw the truth after a round trip through prompt, grid and parser",
     "score": "score a benchmark's responses, whoever made them",
@@ -178,9 +179,13 @@ def _say(verb: str, summary: Any) -> None:
 
 
 def _tool(verb: str, rest: Sequence[str]) -> int:
-    module = importlib.import_module(f"polyground.stages.{verb.replace('-', '_')}")
     parser = argparse.ArgumentParser(prog=f"polyground {verb}", description=TOOLS[verb], allow_abbrev=False)
-    module.arguments(parser)
+    if verb == "export":
+        module = importlib.import_module("polyground.stages.convert")
+        module.arguments(parser, source="polyground")
+    else:
+        module = importlib.import_module(f"polyground.stages.{verb.replace('-', '_')}")
+        module.arguments(parser)
     text = module.run(parser.parse_args(rest))
     if text:
         print(text)

@@ -434,6 +434,17 @@ def test_boxes_come_back_within_half_a_unit_of_their_grid(folder: Path, grid: st
         assert [box.y0, box.y1] == pytest.approx([exact.y0, exact.y1], abs=0.5 / height + 1e-9)
 
 
+@pytest.mark.parametrize("layout", ["sharegpt", "swift", "trl"])
+def test_export_is_conversion_from_our_own_rows(folder: Path, layout: str) -> None:
+    ours = folder / "ours.jsonl"
+    assert convert("mig_bench", folder / "mig.json", "--to", "polyground", "--out", ours, "--on-bad", "quarantine") == 0
+    suffix = "json" if layout == "sharegpt" else "jsonl"
+    words = ["--to", layout, "--grid", "unit" if layout == "swift" else "per_mille", "--out"]
+    exported, converted = folder / f"exported.{suffix}", folder / f"converted.{suffix}"
+    assert main(["export", str(ours), *words, str(exported)]) == convert("polyground", ours, *words, converted)
+    assert exported.read_bytes() == converted.read_bytes()
+
+
 def test_what_synthesize_keeps_becomes_reasoning_and_the_taught_answer(folder: Path) -> None:
     unknown = replace(EXAMPLES[0], target=Answer((Located(None, BOX),)))
     taught = {"boxes": EXAMPLES[0].to_json()["target"]["boxes"]}

@@ -43,11 +43,14 @@ _CACHED = 100_000
 """Image sizes and existences kept in memory: an image asked about by several rows is opened once."""
 
 
-def arguments(parser: argparse.ArgumentParser) -> None:
-    """What `polyground convert` takes."""
+def arguments(parser: argparse.ArgumentParser, *, source: str | None = None) -> None:
+    """What `polyground convert` takes; with a `source`, as `polyground export` has it, that format is the only one read."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = "formats (--to):\n" + "\n".join(f"  {name:<11} {fmt.about}" for name, fmt in FORMATS.items())
-    parser.add_argument("source", metavar="SOURCE", help=f"format of the data: {', '.join(sorted(SOURCES))}")
+    if source is None:
+        parser.add_argument("source", metavar="SOURCE", help=f"format of the data: {', '.join(sorted(SOURCES))}")
+    else:
+        parser.set_defaults(source=source)
     parser.add_argument("path", metavar="PATH", help="annotation file, folder of shards, or hub:owner/name")
     parser.add_argument("--to", required=True, choices=FORMATS, help="format to write, see below")
     parser.add_argument("--out", required=True, type=Path, metavar="FILE", help=".jsonl, .json or .parquet, as the format allows")
