@@ -208,7 +208,8 @@ def source_options(source: str, words: Sequence[str]) -> dict[str, Any]:
             raise ConfigError(f"--option {word}: write it as key=value, as in images_root=photos")
         try:
             value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError) as error:
+            # Something like a date that no calendar has is a ValueError.
             raise ConfigError(f"--option {word}: the value is not YAML ({error}); put it in quotes") from error
         wants_text = key in known and str(known[key].annotation).startswith("str")
         options[key] = text if wants_text and not isinstance(value, bool | list | dict | None) else value

@@ -7,7 +7,6 @@ and counted.
 from __future__ import annotations
 
 import argparse
-import inspect
 import json
 import os
 from collections import Counter
@@ -20,8 +19,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import yaml
-
 from polyground.answer import NATIVE_WRITERS
 from polyground.conventions import GRIDS, Convention, load_convention
 from polyground.errors import ConfigError, DataError, StorageError
@@ -31,6 +28,7 @@ from polyground.imagefile import ImageError, check_image, image_size
 from polyground.records import Example
 from polyground.sources import SOURCES, Item, scan_source
 from polyground.sources.reading import NAMED, BadRow, RowError, current_row
+from polyground.stages import source_options
 from polyground.storage import atomic_write_json, read_json
 
 INFO = "dataset_info.json"
@@ -197,7 +195,7 @@ def _plan(options: argparse.Namespace) -> _Plan:
     plan = _Plan(
         source=options.source,
         path=options.path,
-        options=_source_options(options.source, options.option),
+        options=source_options(options.source, options.option),
         to=options.to,
         out=out,
         quarantine=quarantine,
@@ -232,23 +230,6 @@ def _grid_of(options: argparse.Namespace, form: Format) -> tuple[str | None, Con
         known = f"one of {', '.join(form.grids)}" if form.grids else "no grid at all: boxes are kept as they are"
         raise ConfigError(f"--grid {name}: {options.to} takes {known}")
     return name, None
-
-
-def _source_options(source: str, words: Sequence[str]) -> dict[str, Any]:
-    """`key=value` words; a value is YAML, except that where the source wants text a number stays text."""
-    options: dict[str, Any] = {}
-    known = inspect.signature(SOURCES[source]).parameters if source in SOURCES else {}
-    for word in words:
-        key, equals, text = word.partition("=")
-        if not equals or not key:
-            raise ConfigError(f"--option {word}: write it as key=value, as in images_root=photos")
-        try:
-            value = yaml.safe_load(text)
-        except (yaml.YAMLError, ValueError) as error:
-            raise ConfigError(f"--option {word}: the value is not YAML ({error}); put it in quotes") from error
-        wants_text = key in known and str(known[key].annotation).startswith("str")
-        options[key] = text if wants_text and not isinstance(value, bool | list | dict | None) else value
-    return options
 
 
 def _require_apart(written: Sequence[Path], read: str) -> None:
