@@ -174,6 +174,8 @@ class TrainingConfig(Section):
     """Rows per device and forward (supervised fine-tuning), or groups per device and forward (GRPO)."""
     gradient_accumulation_steps: int = Field(default=1, ge=1)
     """Forwards per optimiser step."""
+    use_peft: bool = True
+    """Train a LoRA adapter; false trains all weights of the language model. Either way the vision tower is frozen."""
     lora_r: int = Field(default=64, ge=1)
     """Rank of the adapter; 64 is VLM-R1's LoRA recipe."""
     lora_alpha: int = Field(default=128, ge=1)
@@ -200,6 +202,9 @@ class TrainingConfig(Section):
     """Loggers, by transformers' names; an empty list for none."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward: less memory, about a third more time."""
+    dataloader_num_workers: int = Field(default=0, ge=0)
+    """Processes that decode and preprocess images ahead of the step; 0 leaves that to the training process. Each holds up to two
+    batches of pixels."""
 
 
 class SftConfig(TrainingConfig):
@@ -291,6 +296,9 @@ class GrpoConfig(TrainingConfig):
     group; `auto` takes what is cheaper. The numbers are the same."""
     skip_zero_variance: bool = True
     """Leave out groups whose rewards all agree: they cost a forward and teach nothing."""
+    image_cache_mib: int = Field(default=0, ge=0)
+    """Host memory, per process, for image features kept from one pass over the questions to the next; 0 keeps none. A prompt
+    found there (by the bytes of its images, its text and the pixel budget) is neither decoded nor given to the vision tower."""
 
     @field_validator("scale_rewards", mode="before")
     @classmethod

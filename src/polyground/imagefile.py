@@ -80,8 +80,13 @@ class ImageError(DataError):
     def __init__(self, path: Path, reason: str, detail: str) -> None:
         super().__init__(f"{shown(path)}: {detail}")
         self.path = path
+        self.detail = detail
         self.reason = reason
         """A word that can be counted: missing_image, unreadable_image, damaged_image, huge_image or thin_image."""
+
+    def __reduce__(self) -> tuple[type[ImageError], tuple[Path, str, str]]:
+        # By default an exception is rebuilt from its message alone; worker processes hand this one on.
+        return type(self), (self.path, self.reason, self.detail)
 
 
 def shown(path: Path) -> str:

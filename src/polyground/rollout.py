@@ -7,15 +7,16 @@ scores by itself. What a group is worth to the policy (advantages) is `losses`' 
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, zip_longest
 
 from polyground.errors import DataError
 from polyground.geometry import Grid
 from polyground.imagefile import FILE_REASONS, ImageError
 from polyground.records import Completion, Example, Message, Rollout, Score
 from polyground.rewards import passed, reaches
-from polyground.sampling import Sampler
+from polyground.sampling import Foresighted, Sampler
 
 Ask = Callable[[Example], tuple[Sequence[Message], Sequence[Grid]]]
 """How an example is put to a model: the conversation, and the grid on which that model writes boxes of each image."""
@@ -70,12 +71,13 @@ def rollout_groups(
     Groups whose key is in `done` are not yielded. A batch that an interruption cut in two is sampled again as a whole: the
     last bits of a logit depend on what else is in the batch, and a resumed stage must give the rows of an undisturbed one.
     """
-    for start in range(0, len(examples), batch):
-        few = examples[start : start + batch]
-        if all(example.key in done for example in few):
-            continue
+    batches = [examples[start : start + batch] for start in range(0, len(examples), batch)]
+    batches = [few for few in batches if not all(example.key in done for example in few)]
+    for few, after in zip_longest(batches, batches[1:], fillvalue=()):
         try:
             asked = [ask(example) for example in few]
+            if after and isinstance(sampler, Foresighted):
+                sampler.prepare([messages for messages, _ in asked] + _askable(after, ask))
             sampled = sampler.sample(
                 [messages for messages, _ in asked],
                 n=n,
@@ -90,6 +92,15 @@ def rollout_groups(
         for example, (_, grids), completions in zip(few, asked, sampled, strict=True):
             if example.key not in done:
                 yield Group(example, tuple(_rollouts(example, completions, judge=judge, grids=grids)))
+
+
+def _askable(examples: Sequence[Example], ask: Ask) -> list[Sequence[Message]]:
+    """The conversations up to one that cannot be put to a model; its turn will say why."""
+    found: list[Sequence[Message]] = []
+    with suppress(DataError):
+        for example in examples:
+            found.append(ask(example)[0])
+    return found
 
 
 def _in_its_row(error: ImageError, examples: Sequence[Example]) -> DataError:

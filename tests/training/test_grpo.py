@@ -1,5 +1,6 @@
 """Facts about the GRPO trainer: it learns, it can be killed, and it says what it did."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -157,6 +158,27 @@ def test_eager_attention_is_refused(toy_folder: Path, examples: list[Example], t
     loaded.model.set_attn_implementation("eager")
     with pytest.raises(ConfigError, match="eager"):
         train_grpo(loaded, examples, config(), sampler=LocalSampler, ask=ask, judge=judge, out=tmp_path, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("attention", "said"),
+    [("auto", r"mask \(auto; rows of \d+ tokens on cpu\)"), ("shared", r"shared \(shared\)"), ("mask", r"mask \(mask\)")],
+)
+def test_the_attention_that_was_chosen_is_said_with_its_reason(
+    toy_folder: Path, examples: list[Example], tmp_path: Path, caplog: pytest.LogCaptureFixture, attention: str, said: str
+) -> None:
+    with caplog.at_level("INFO", logger="polyground"):
+        summary = learn(toy_folder, examples, tmp_path, max_steps=2, prefix_attention=attention)
+    assert re.fullmatch(said, summary["prefix_attention"])
+    assert caplog.text.count(f"prefix attention: {summary['prefix_attention']}") == 1
+
+
+def test_a_model_that_cannot_share_a_prefix_says_so(toy_folder: Path, examples: list[Example], tmp_path: Path) -> None:
+    loaded = load_model(toy_folder)
+    loaded.model.set_attn_implementation("sdpa")
+    options = {"sampler": LocalSampler, "ask": ask, "judge": judge, "out": tmp_path, "seed": 0}
+    summary = train_grpo(loaded, examples, config(max_steps=1, save_steps=1), **options)
+    assert summary["prefix_attention"] == "mask (the model was loaded with sdpa)"
 
 
 def test_a_checkpoint_inside_a_set_of_rollouts_is_refused(toy_folder: Path, examples: list[Example], tmp_path: Path) -> None:

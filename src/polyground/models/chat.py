@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
+from weakref import WeakSet
 
 import torch
 from PIL import Image
@@ -211,6 +212,31 @@ class ChatFamily(ABC):
         positions = self.decoder_positions(position_ids)
         return model(input_ids=input_ids, position_ids=positions, **self.image_inputs(features), **options)
 
+    @contextmanager
+    def gathered(self, model: nn.Module) -> Iterator[None]:
+        if not isinstance(model, FSDPModule):
+            yield
+            return
+        device = next(model.parameters()).device
+        # What FSDP takes for the whole model is decided by the first forward.
+        ids, positions = (torch.zeros(size, dtype=torch.long, device=device) for size in ((1, 1), (3, 1, 1)))
+        with torch.no_grad():
+            self.forward(model, input_ids=ids, position_ids=positions, features=[], use_cache=False)
+        parts = [part for part in model.modules() if isinstance(part, FSDPModule)]
+        for part in parts:
+            part.unshard()
+        model.set_reshard_after_forward(False)
+        _GATHERED.add(model)
+        try:
+            yield
+        finally:
+            _GATHERED.discard(model)
+            # As FSDP itself begins: what lies outside the layers is kept until the backward.
+            model.set_reshard_after_forward(True)
+            model.set_reshard_after_forward(False, recurse=False)
+            for part in parts:
+                part.reshard()
+
     def language_model(self, model: nn.Module) -> nn.Module:
         return getattr(core_of(model), self.decoder)
 
@@ -221,10 +247,14 @@ class ChatFamily(ABC):
         return unwrapped(model).lm_head
 
 
+_GATHERED: WeakSet[nn.Module] = WeakSet()
+"""Models that FSDP holds whole at the moment; see `ChatFamily.gathered`."""
+
+
 @contextmanager
 def _gathered(model: nn.Module) -> Iterator[None]:
     """FSDP shares out the weights and puts them together in `forward` only; here those outside of its layers are needed."""
-    if not isinstance(model, FSDPModule):
+    if not isinstance(model, FSDPModule) or model in _GATHERED:
         yield
         return
     model.unshard()

@@ -6,6 +6,7 @@ Nothing here knows a concrete architecture; what the families share lives in `ch
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -136,6 +137,10 @@ class Family(Protocol):
         self, model: nn.Module, *, input_ids: Tensor, position_ids: Tensor, features: Sequence[ImageFeatures], **options: Any
     ) -> Any:
         """One pass over [B, T] tokens at [3, B, T] positions with image features computed before."""
+        ...
+
+    def gathered(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Inside, weights that FSDP shares out are whole in every process: its parts may be called in any order and number."""
         ...
 
     def language_model(self, model: nn.Module) -> nn.Module:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from polyground.records import Completion, Message
 
@@ -33,6 +33,15 @@ class Sampler(Protocol):
         `keys` name the prompts for the random numbers (default: `prompt_key`): a completion depends on the seed, its key
         and its number in the group, never on what else is in the batch. Equal keys draw equal random numbers.
         """
+        ...
+
+
+@runtime_checkable
+class Foresighted(Protocol):
+    """A sampler that makes use of knowing what comes next."""
+
+    def prepare(self, prompts: Sequence[Sequence[Message]]) -> None:
+        """Told what the next `sample` will ask for, while there is still something to do; never raises for a bad prompt."""
         ...
 
 

@@ -5,7 +5,9 @@ The weights are the trainer's own, so sampled log-probabilities need no correcti
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
@@ -49,6 +51,11 @@ class LocalSampler:
         self._batch_size = batch_size
         self._autocast = autocast
         self._share_prompts = share_prompts
+        self._ahead = _Ahead(loaded.family.encode)
+
+    def prepare(self, prompts: Sequence[Sequence[Message]]) -> None:
+        """Start to read and encode what the next `sample` will ask for; an error is raised there, in its turn."""
+        self._ahead.start(prompts)
 
     def sample(
         self,
@@ -61,8 +68,9 @@ class LocalSampler:
         seed: int,
         keys: Sequence[str] | None = None,
     ) -> list[list[Completion]]:
-        encoded = (self._loaded.family.encode(messages) for messages in prompts)
-        return self._sample(encoded, prompt_keys(prompts, keys), _Settings(n, temperature, top_p, max_tokens, seed))
+        keys, settings = prompt_keys(prompts, keys), _Settings(n, temperature, top_p, max_tokens, seed)
+        encoded = self._ahead.encoded(prompts, most=self._per_window(settings))
+        return self._sample(encoded, keys, settings)
 
     def sample_encoded(
         self,
@@ -83,7 +91,7 @@ class LocalSampler:
         per_batch = max(1, self._batch_size // settings.n)
         numbered = zip(range(len(keys)), prompts, strict=True)
         with torch.no_grad(), _evaluating(self._loaded.model), self._precision():
-            while window := list(islice(numbered, per_batch * _WINDOW)):
+            while window := list(islice(numbered, self._per_window(settings))):
                 # Prompts of equal length need neither padding nor a mask.
                 window.sort(key=lambda pair: len(pair[1]))
                 for start in range(0, len(window), per_batch):
@@ -92,6 +100,9 @@ class LocalSampler:
                     for (i, _), group in zip(few, sampled, strict=True):
                         groups[i] = group
         return groups
+
+    def _per_window(self, settings: _Settings) -> int:
+        return max(1, self._batch_size // settings.n) * _WINDOW
 
     def _precision(self) -> AbstractContextManager[object]:
         return torch.autocast(self._loaded.device.type, dtype=self._autocast) if self._autocast else nullcontext()
@@ -194,6 +205,49 @@ class LocalSampler:
             for ids, logprobs, length, stopped in zip(*columns, strict=True)
         ]
         return [completions[i : i + n] for i in range(0, len(completions), n)]
+
+
+class _Ahead:
+    """Encodes prompts in one thread of its own while the model decodes others: Pillow and torch let go of the interpreter.
+
+    One thread, so that a family is never asked for two prompts at a time.
+    """
+
+    def __init__(self, encode: Callable[[Sequence[Message]], Prompt]) -> None:
+        self._encode = encode
+        self._thread: ThreadPoolExecutor | None = None
+        self._started: dict[tuple[Message, ...], Future[Prompt]] = {}
+
+    def start(self, prompts: Sequence[Sequence[Message]]) -> None:
+        """Begin with these; what was begun before and is not among them is given up."""
+        wanted = [tuple(messages) for messages in prompts]
+        for messages in self._started.keys() - set(wanted):
+            self._started.pop(messages).cancel()
+        for messages in wanted:
+            if messages not in self._started:
+                self._started[messages] = self._submit(messages)
+
+    def encoded(self, prompts: Sequence[Sequence[Message]], *, most: int) -> Iterator[Prompt]:
+        """The prompts in order, at most so many encoded before they are taken."""
+        waiting: deque[Future[Prompt]] = deque()
+        rest = iter(prompts)
+        try:
+            while True:
+                waiting.extend(self._begun(tuple(messages)) for messages in islice(rest, most - len(waiting)))
+                if not waiting:
+                    return
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+    def _begun(self, messages: tuple[Message, ...]) -> Future[Prompt]:
+        return self._started.pop(messages, None) or self._submit(messages)
+
+    def _submit(self, messages: tuple[Message, ...]) -> Future[Prompt]:
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="encode")
+        return self._thread.submit(self._encode, messages)
 
 
 class _Rows:

@@ -47,10 +47,14 @@ def _merge_stage(recipe: Recipe, stage: str, *, role: str, out: Path) -> dict[st
     inputs = upstream(recipe, stage) if role == "base" else upstream(recipe, stage, "sft-merged")
     identity = {"merge": recipe.merge.to_json(), "model": recipe.model.to_json(), "inputs": inputs}
     if not (out / MANIFEST).is_file():
-        base, adapter = model_path(recipe, role), recipe.out / stage / "adapter"
-        made = merge_adapter(base, adapter, out, tolerance=recipe.merge.tolerance, dtype=recipe.model.dtype)
+        base, trained = model_path(recipe, role), recipe.out / stage
+        if (trained / "model").is_dir():
+            summary = copy_model(base, trained / "model", out)
+        else:
+            made = merge_adapter(base, trained / "adapter", out, tolerance=recipe.merge.tolerance, dtype=recipe.model.dtype)
+            summary = {name: made[name] for name in ("base", "adapter", "dtype", "tolerance", "max_logprob_difference")}
         with RunFolder(out, "merge", identity) as folder:
-            folder.finish({name: made[name] for name in ("base", "adapter", "dtype", "tolerance", "max_logprob_difference")})
+            folder.finish(summary)
     with RunFolder(out, "merge", identity) as folder:
         return dict(folder.summary)
 
@@ -91,6 +95,22 @@ def merge_adapter(
     return summary
 
 
+def copy_model(base_path: str | Path, trained: Path, out: Path) -> dict[str, Any]:
+    """A model trained as a whole, with the processor files of the model it started from; there is nothing to merge."""
+    origin = {"base": str(base_path), "model": str(trained), "model_sha256": _sha256(*sorted(trained.glob("*.safetensors")))}
+    if out.exists():
+        return _finished(out, origin, ("model_sha256",))
+    partial = out.with_name(out.name + ".partial")
+    if partial.exists():
+        shutil.rmtree(partial)
+    shutil.copytree(trained, partial, ignore=shutil.ignore_patterns("*.bin"))
+    save_processor_files(base_path, partial)
+    load_model(partial)  # refuses what cannot be used
+    (partial / ORIGIN).write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
+    partial.rename(out)
+    return origin
+
+
 def _origin(base_path: str | Path, adapter: Path, dtype: str) -> dict[str, Any]:
     config, weights = adapter / "adapter_config.json", adapter / "adapter_model.safetensors"
     for file in (config, weights):
@@ -106,14 +126,16 @@ def _origin(base_path: str | Path, adapter: Path, dtype: str) -> dict[str, Any]:
     }
 
 
-def _finished(out: Path, origin: dict[str, Any]) -> dict[str, Any]:
+def _finished(
+    out: Path, origin: dict[str, Any], names: tuple[str, ...] = ("base_sha256", "adapter_sha256", "dtype")
+) -> dict[str, Any]:
     remedy = "remove the folder or give another `out`"
     try:
         summary = json.loads((out / ORIGIN).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise StorageError(f"{out}: exists but is not a merged model ({error}); {remedy}") from error
     # Contents, not paths: a moved run is the same run.
-    for name in ("base_sha256", "adapter_sha256", "dtype"):
+    for name in names:
         if summary.get(name) != origin[name]:
             raise StorageError(f"{out}: was merged from another {name.removesuffix('_sha256')}; {remedy}")
     return dict(summary)

@@ -6,11 +6,14 @@ Sampling is any `Sampler`; scoring is the one `Scorer`; checkpoints, schedules, 
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import logging
 import math
 import random
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +27,7 @@ from transformers import Trainer
 from polyground.batches import PackedGroup, join_groups, pack_group
 from polyground.config import GrpoConfig, PrefixAttention
 from polyground.errors import ConfigError, DataError
+from polyground.geometry import Grid
 from polyground.losses import (
     BatchSize,
     GrpoInputs,
@@ -36,13 +40,16 @@ from polyground.losses import (
     token_scores,
     without_variance,
 )
-from polyground.models import Family, ImageFeatures, Loaded, Prompt
+from polyground.models import ImageFeatures, Loaded
 from polyground.models.linear_attention import has_linear_attention, packed_mask
 from polyground.models.shared_prefix import SHARED_PREFIX
 from polyground.records import Completion, Example, Message, Rollout
 from polyground.rollout import Ask, Group, Judge, rollout_groups
 from polyground.sampling import Sampler
-from polyground.training.runs import add_adapter, append_rows, require_packable, train, training_arguments
+from polyground.training.remembering import Ready, Remembering
+from polyground.training.runs import append_rows, prepare_model, require_packable, train, training_arguments
+
+logger = logging.getLogger("polyground")
 
 # Shapes: G completions of one prompt, T tokens of the longest of them, N all their tokens laid end to end.
 
@@ -83,9 +90,21 @@ class Schedule(Dataset[Example]):
         return self._steps * self._per_step
 
     def __getitem__(self, index: int) -> Example:
+        return self._examples[self.number(index)]
+
+    @property
+    def examples(self) -> int:
+        return len(self._examples)
+
+    def number(self, index: int) -> int:
+        """The example's place among the examples."""
         step, place = divmod(index, self._per_step)
         lap, position = divmod(step // self._num_iterations * self._per_step + place, len(self._examples))
-        return self._examples[self._order(lap)[position]]
+        return self._order(lap)[position]
+
+    def is_repeated(self, index: int) -> bool:
+        """Whether the step goes on with the rollouts of the one before."""
+        return index // self._per_step % self._num_iterations > 0
 
     def _order(self, lap: int) -> list[int]:
         if lap not in self._orders:
@@ -95,40 +114,34 @@ class Schedule(Dataset[Example]):
         return self._orders[lap]
 
 
-class Remembering:
-    """A family that encodes a prompt and its images once per step, however many ask: the sampler, the reference, the update.
+class Prepared(Dataset[Ready]):
+    """The schedule, each example with its prompt encoded where worker processes run ahead of the step."""
 
-    Exact because the vision tower is frozen.
-    """
+    def __init__(self, schedule: Schedule, family: Remembering, ask: Ask, *, ahead: bool, cached: bool) -> None:
+        self._schedule, self._family, self._ask, self._ahead = schedule, family, ask, ahead
+        self._cached: Tensor | None = None
+        if cached and ahead:
+            # Shared with the workers: 1 for each example whose features the training process has.
+            self._cached = torch.zeros(schedule.examples, dtype=torch.uint8).share_memory_()
+        self._identities: dict[int, str] = {}
 
-    def __init__(self, family: Family) -> None:
-        self._family = family
-        self._prompts: dict[tuple[Message, ...], Prompt] = {}
-        self._features: dict[int, ImageFeatures] = {}
+    def __len__(self) -> int:
+        return len(self._schedule)
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._family, name)
+    def __getitem__(self, index: int) -> Ready:
+        example, number = self._schedule[index], self._schedule.number(index)
+        if not self._ahead or self._schedule.is_repeated(index):
+            return Ready(example=example, number=number)
+        held = self._cached is not None and bool(self._cached[number])
+        return self._family.prepare(example, self._ask, number=number, held=held)
 
-    def encode(self, messages: Sequence[Message]) -> Prompt:
-        key = tuple(messages)
-        if key not in self._prompts:
-            self._prompts[key] = self._family.encode(messages)
-        return self._prompts[key]
-
-    def encode_images(self, model: Any, prompt: Prompt) -> ImageFeatures:
-        return self.encode_images_of(model, [prompt])[0]
-
-    def encode_images_of(self, model: Any, prompts: Sequence[Prompt]) -> list[ImageFeatures]:
-        missing = [prompt for prompt in dict.fromkeys(prompts) if id(prompt) not in self._features]
-        if missing:
-            for prompt, features in zip(missing, self._family.encode_images_of(model, missing), strict=True):
-                self._features[id(prompt)] = features
-        return [self._features[id(prompt)] for prompt in prompts]
-
-    def forget(self) -> None:
-        """Let go of everything; called before each new set of rollouts."""
-        self._prompts.clear()
-        self._features.clear()
+    def tell(self, seen: Sequence[Ready]) -> None:
+        """Let the workers know what the cache holds after a step."""
+        if self._cached is None:
+            return
+        self._identities |= {ready.number: ready.identity for ready in seen if ready.identity is not None}
+        for number, identity in self._identities.items():
+            self._cached[number] = self._family.holds(identity)
 
 
 def score_group(
@@ -206,6 +219,17 @@ def shares_prefix(decoder: Any, packed: PackedGroup, attention: PrefixAttention)
     return there and attention == "shared"
 
 
+def attention_note(decoder: Any, packed: PackedGroup, attention: PrefixAttention) -> str:
+    """Which attention a packed row gets, and why."""
+    chosen = "shared" if shares_prefix(decoder, packed, attention) else "mask"
+    tokens, device = packed.input_ids_1S.shape[1], packed.input_ids_1S.device.type
+    found = decoder.config._attn_implementation
+    if attention != "mask" and found != SHARED_PREFIX:
+        return f"{chosen} (the model was loaded with {found})"
+    why = f"; rows of {tokens:,} tokens on {device}" if attention == "auto" else ""
+    return f"{chosen} ({attention}{why})"
+
+
 class GrpoTrainer(Trainer):
     """transformers' Trainer whose batches are groups it samples itself, from the policy it trains."""
 
@@ -216,13 +240,15 @@ class GrpoTrainer(Trainer):
         args: Any,
         config: GrpoConfig,
         examples: Sequence[Example],
-        family: Any,
+        family: Remembering,
         sampler: Sampler,
         ask: Ask,
         judge: Judge,
         seed: int,
     ) -> None:
         require_packable(model)
+        # Without an adapter to switch off, the starting policy is a model of its own.
+        self._start = copy.deepcopy(model).requires_grad_(False).eval() if config.beta and not config.use_peft else None
         if args.save_steps % config.num_iterations:
             raise ConfigError(
                 f"grpo.save_steps {args.save_steps} must be a multiple of num_iterations {config.num_iterations}: "
@@ -231,7 +257,8 @@ class GrpoTrainer(Trainer):
         schedule = Schedule(
             examples, steps=args.max_steps, per_step=groups_per_step(args), num_iterations=config.num_iterations, seed=seed
         )
-        super().__init__(model=model, args=args, train_dataset=schedule, data_collator=list)
+        self._prepared = Prepared(schedule, family, ask, ahead=args.dataloader_num_workers > 0, cached=config.image_cache_mib > 0)
+        super().__init__(model=model, args=args, train_dataset=self._prepared, data_collator=list)
         # `BatchSize` spans the accumulation window: losses of micro-batches are summed, not averaged.
         self.loss_is_scaled_for_ga = True
         self.config = config
@@ -243,6 +270,10 @@ class GrpoTrainer(Trainer):
             max_completion_length=config.max_completion_length,
         )
         self._family, self._sampler, self._ask, self._judge, self._seed = family, sampler, ask, judge, seed
+        self.attention = ""
+        """How the first packed row was attended to; see `attention_note`."""
+        self._answers: dict[int, tuple[Sequence[Message], Sequence[Grid]]] = {}
+        """By id of the example, for those of the step."""
         self._held: list[Lot] = []
         self._sums = GrpoSums()
         self._entropy = 0.0
@@ -258,7 +289,7 @@ class GrpoTrainer(Trainer):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         step = self.state.global_step
         if step % self.config.num_iterations == 0:
-            self._held = self._roll_out([example for batch in batches for example in batch], step=step)
+            self._held = self._roll_out([ready for batch in batches for ready in batch], step=step)
         lots = iter(self._held)
         return [{"lots": [next(lots) for _ in batch]} for batch in batches], None
 
@@ -288,6 +319,10 @@ class GrpoTrainer(Trainer):
         return [self._loss(lot, scores) for lot, scores in zip(lots, self._score(model, lots), strict=True)]
 
     def _score(self, model: Any, lots: Sequence[Lot]) -> list[TokenScores]:
+        if not self.attention:
+            decoder = self._family.language_model(model)
+            self.attention = attention_note(decoder, join_groups([lot.packed for lot in lots]), self.config.prefix_attention)
+            logger.info("prefix attention: %s", self.attention)
         return score_groups(
             model,
             self._family,
@@ -315,16 +350,22 @@ class GrpoTrainer(Trainer):
 
     # Rollouts --------------------------------------------------------------------------------------------------------
 
-    def _roll_out(self, examples: Sequence[Example], *, step: int) -> list[Lot]:
+    def _roll_out(self, prepared: Sequence[Ready], *, step: int) -> list[Lot]:
         model = self.accelerator.unwrap_model(self.model)
         model.eval()
         self._family.forget()
-        with torch.no_grad(), self.accelerator.autocast():
+        self._answers = {}
+        for ready in prepared:
+            self._family.expect(ready)
+            if ready.asked is not None:
+                self._answers[id(ready.example)] = ready.asked
+        examples = [ready.example for ready in prepared]
+        with torch.no_grad(), self.accelerator.autocast(), self._family.gathered(model):
             groups = list(
                 rollout_groups(
                     examples,
                     sampler=self._sampler,
-                    ask=self._ask,
+                    ask=self._asked,
                     judge=self._judge,
                     n=self.config.num_generations,
                     temperature=self.config.temperature,
@@ -335,8 +376,15 @@ class GrpoTrainer(Trainer):
                 )
             )
             lots = self._lots(model, groups)
+        self._prepared.tell(prepared)
         self._record(groups, lots, step=step)
         return lots
+
+    def _asked(self, example: Example) -> tuple[Sequence[Message], Sequence[Grid]]:
+        """How it is put to the policy; told once per step, since it may read the sizes of image files."""
+        if id(example) not in self._answers:
+            self._answers[id(example)] = self._ask(example)
+        return self._answers[id(example)]
 
     def _lots(self, model: Any, groups: Sequence[Group]) -> list[Lot]:
         rewards = [list(group.totals) for group in groups]
@@ -354,23 +402,29 @@ class GrpoTrainer(Trainer):
 
     def _lot(self, model: Any, group: Group, values: Sequence[float], size: BatchSize) -> Lot:
         device = self.args.device
-        messages, _ = self._ask(group.example)
+        messages, _ = self._asked(group.example)
         prompt = self._family.encode(messages)
         lot = Lot(
             packed=pack_group(prompt, [rollout.completion.token_ids for rollout in group.rollouts]).to(device),
             features=self._family.encode_images(model, prompt),
             advantages_G=torch.tensor(values, device=device),
             size=size,
-            # With a KL penalty such a group still has a gradient: leaving it out would not be exact.
-            skipped=self.config.skip_zero_variance and self.config.beta == 0 and without_variance(group.totals),
+            # With a KL penalty such a group still has a gradient: leaving it out would not be exact. Under FSDP all processes
+            # must run the same forwards.
+            skipped=(
+                self.config.skip_zero_variance
+                and self.config.beta == 0
+                and without_variance(group.totals)
+                and not self.is_fsdp_enabled
+            ),
         )
         if lot.skipped:
             return lot
         if self.config.num_iterations > 1:
             lot = replace(lot, old_logprobs_GT=self._logprobs(model, lot))
         if self.config.beta:
-            with model.disable_adapter():
-                lot = replace(lot, reference_logprobs_GT=self._logprobs(model, lot))
+            with model.disable_adapter() if self._start is None else nullcontext():
+                lot = replace(lot, reference_logprobs_GT=self._logprobs(model if self._start is None else self._start, lot))
         return lot
 
     def _logprobs(self, model: Any, lot: Lot) -> Tensor:
@@ -471,17 +525,17 @@ def train_grpo(
     out: Path,
     seed: int,
 ) -> dict[str, Any]:
-    """Train a fresh adapter on the examples and save it to `out/adapter`; goes on from the last checkpoint there.
+    """Train on the examples and save to `out/adapter`, or the whole model to `out/model`; goes on from the last checkpoint.
 
     `sampler(loaded)` gives the sampler of a model; it is called with the policy, adapter included.
     """
     if not examples:
         raise DataError(f"{out}: there is no question to train on; run reject and look at its pass rates")
-    model = add_adapter(loaded.model, loaded.family, config, seed=seed)
+    model = prepare_model(loaded.model, loaded.family, config, seed=seed)
     args = training_arguments(config, out, seed=seed, max_steps=1, use_cpu=loaded.device.type == "cpu")
     args.max_steps = grpo_steps(len(examples), config, per_step=groups_per_step(args))
     args.warmup_steps = math.ceil(config.warmup_ratio * args.max_steps)
-    family = Remembering(loaded.family)
+    family = Remembering(loaded.family, cache_mib=config.image_cache_mib)
     trainer = GrpoTrainer(
         model,
         args=args,
@@ -493,7 +547,8 @@ def train_grpo(
         judge=judge,
         seed=seed,
     )
-    return {"examples": len(examples), **train(trainer, out, by_step=(ROLLOUTS,))}
+    summary = {"examples": len(examples), **train(trainer, out, by_step=(ROLLOUTS,))}
+    return summary | ({"prefix_attention": trainer.attention} if trainer.attention else {})
 
 
 def grpo_steps(examples: int, config: GrpoConfig, *, per_step: int) -> int:

@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from polyground.config import TrainingConfig
-from polyground.errors import ConfigError, StorageError
+from polyground.errors import ConfigError, PolygroundError, StorageError
 from polyground.models import Family
 from polyground.models.shared_prefix import SHARED_PREFIX
 from polyground.storage import RowWriter, atomic_write_text, read_rows
@@ -34,6 +34,20 @@ logger = logging.getLogger("polyground")
 
 LOG = "log.jsonl"
 """One row per log line of the trainer: `step` and what was measured since the one before."""
+
+
+ADAPTER, MODEL = "adapter", "model"
+"""Where a stage's folder holds what was learnt: a LoRA adapter, or the whole model (`use_peft: false`)."""
+
+
+def prepare_model(model: Any, family: Family, config: TrainingConfig, *, seed: int) -> Any:
+    """The model with what is to be trained switched on: a fresh adapter, or the language model's own weights."""
+    if config.use_peft:
+        return add_adapter(model, family, config, seed=seed)
+    set_seed(seed)
+    model.requires_grad_(True)
+    family.freeze_vision(model)
+    return model
 
 
 def add_adapter(model: Any, family: Family, config: TrainingConfig, *, seed: int) -> PeftModel:
@@ -84,6 +98,11 @@ def training_arguments(config: TrainingConfig, out: Path, *, seed: int, max_step
         use_cpu=use_cpu,
         remove_unused_columns=False,
         dataloader_pin_memory=False,
+        dataloader_num_workers=config.dataloader_num_workers,
+        # Workers are not kept from one pass to the next: the random numbers drawn would differ from those of a resumed run.
+        # Nothing changes a model's buffers; and processes may differ in how many forwards a step takes.
+        ddp_broadcast_buffers=False,
+        ddp_find_unused_parameters=False,
         **(recompute if config.gradient_checkpointing else {}),
     )
 
@@ -159,6 +178,14 @@ class ProgressBar(TrainerCallback):
         return self._console.is_terminal and state.is_world_process_zero
 
 
+def raising(batches: Iterator[Any]) -> Iterator[Any]:
+    """The batches, up to one that is an error: a worker process that raised it would change its type and bury its words."""
+    for batch in batches:
+        if isinstance(batch, PolygroundError):
+            raise batch
+        yield batch
+
+
 def last_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint that was written to its end; a half-written one is passed over."""
     found = sorted(folder.glob("checkpoint-*"), key=checkpoint_step, reverse=True)
@@ -176,8 +203,11 @@ def _is_whole(checkpoint: Path) -> bool:
         state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    needed = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt")
-    return state.get("global_step") == checkpoint_step(checkpoint) and all((checkpoint / name).is_file() for name in needed)
+    # FSDP names weights and optimiser in ways of its own.
+    needed = (("*.safetensors", "pytorch_model_fsdp*"), ("optimizer.pt", "optimizer*"), ("scheduler.pt",))
+    return state.get("global_step") == checkpoint_step(checkpoint) and all(
+        any(True for pattern in patterns for _ in checkpoint.glob(pattern)) for patterns in needed
+    )
 
 
 def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -205,7 +235,7 @@ def cut_rows(path: Path, *, keep: Callable[[Mapping[str, Any]], bool]) -> None:
 
 
 def train(trainer: Trainer, out: Path, *, by_step: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Train to the end, from the last whole checkpoint under `out` if there is one, and save the adapter to `out/adapter`.
+    """Train to the end, from the last whole checkpoint under `out` if there is one, and save what was learnt.
 
     `by_step` names further files of rows that carry the step (0-based) they were made in. Returns steps and loss.
     """
@@ -223,12 +253,15 @@ def train(trainer: Trainer, out: Path, *, by_step: tuple[str, ...] = ()) -> dict
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(ProgressBar(out.name))
     if done == total:
-        logger.warning("%s: 0 steps left (all %d are in %s); only the adapter is saved again", out, total, checkpoint)
+        logger.warning("%s: 0 steps left (all %d are in %s); only what was learnt is saved again", out, total, checkpoint)
         trainer._load_from_checkpoint(str(checkpoint))
     else:
         if checkpoint:
             logger.warning("%s: resuming after step %d of %d", out, done, total)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    trainer.save_model(str(out / "adapter"))
+    if trainer.is_fsdp_enabled:
+        # Whatever checkpoints are: what was learnt is not left in pieces.
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+    trainer.save_model(str(out / (ADAPTER if isinstance(trainer.model, PeftModel) else MODEL)))
     history = [row for row in read_rows(out / LOG) if "loss" in row] if (out / LOG).exists() else []
     return {"steps": total, "loss": history[-1]["loss"] if history else None}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from polyground.imagefile import ImageError
 from polyground.losses import IGNORED, completion_loss
 from polyground.models import Family, Loaded, Prompt
 from polyground.records import Message
-from polyground.training.runs import add_adapter, train, training_arguments
+from polyground.training.runs import prepare_model, raising, train, training_arguments
 
 # Shapes: B rows, T tokens of the longest row.
 
@@ -35,8 +35,8 @@ class Lesson:
     """Of its example, for errors."""
 
 
-class Lessons(Dataset[tuple[Prompt, list[int]]]):
-    """Lessons as tensors, made when asked for: images are read from disk row by row."""
+class Lessons(Dataset[tuple[Prompt, list[int]] | DataError]):
+    """Lessons as tensors, made when asked for: images are read from disk row by row. An error is a value; its batch raises it."""
 
     def __init__(self, lessons: Sequence[Lesson], loaded: Loaded) -> None:
         self._lessons = lessons
@@ -45,26 +45,29 @@ class Lessons(Dataset[tuple[Prompt, list[int]]]):
     def __len__(self) -> int:
         return len(self._lessons)
 
-    def __getitem__(self, index: int) -> tuple[Prompt, list[int]]:
+    def __getitem__(self, index: int) -> tuple[Prompt, list[int]] | DataError:
         lesson = self._lessons[index]
         try:
             return self._family.encode(lesson.messages), list(self._family.completion_ids(lesson.completion))
         except ImageError as error:
-            raise DataError(
-                f"{lesson.key}: {error}; then run the same command again, which goes on from its checkpoint"
-            ) from error
+            return DataError(f"{lesson.key}: {error}; then run the same command again, which goes on from its checkpoint")
+        except DataError as error:
+            return error
 
 
 class SftTrainer(Trainer):
     """transformers' Trainer with the loss on completion tokens, averaged over the whole optimiser batch."""
 
     def __init__(
-        self, model: Any, *, args: Any, family: Family, lessons: Lessons, collate: Callable[..., dict[str, Any]]
+        self, model: Any, *, args: Any, family: Family, lessons: Lessons, collate: Callable[..., dict[str, Any] | DataError]
     ) -> None:
         super().__init__(model=model, args=args, train_dataset=lessons, data_collator=collate)
         self._family = family
         # Makes Trainer count the completion tokens of the optimiser batch, which our loss then divides by.
         self.model_accepts_loss_kwargs = True
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
+        return super().get_batch_samples(raising(epoch_iterator), num_batches, device)
 
     def compute_loss(
         self,
@@ -91,16 +94,19 @@ class SftTrainer(Trainer):
 
 
 def train_sft(loaded: Loaded, lessons: Sequence[Lesson], config: SftConfig, *, out: Path, seed: int) -> dict[str, Any]:
-    """Train a fresh adapter on the lessons and save it to `out/adapter`; goes on from the last checkpoint there."""
+    """Train on the lessons and save to `out/adapter`, or the whole model to `out/model`; goes on from the last checkpoint."""
     if not lessons:
         raise DataError(f"{out}: there is nothing to learn from; run synthesize and look at its rejected rows")
-    model = add_adapter(loaded.model, loaded.family, config, seed=seed)
+    model = prepare_model(loaded.model, loaded.family, config, seed=seed)
     args = training_arguments(config, out, seed=seed, max_steps=1, use_cpu=loaded.device.type == "cpu")
     args.max_steps = sft_steps(len(lessons), config, processes=args.world_size)
     args.warmup_steps = math.ceil(config.warmup_ratio * args.max_steps)
 
-    def collate(rows: Sequence[tuple[Prompt, Sequence[int]]]) -> dict[str, Any]:
-        return collate_completions(rows, pad_token_id=loaded.family.pad_token_id)
+    def collate(rows: Sequence[tuple[Prompt, Sequence[int]] | DataError]) -> dict[str, Any] | DataError:
+        whole = [row for row in rows if not isinstance(row, DataError)]
+        if len(whole) < len(rows):
+            return next(row for row in rows if isinstance(row, DataError))
+        return collate_completions(whole, pad_token_id=loaded.family.pad_token_id)
 
     trainer = SftTrainer(model, args=args, family=loaded.family, lessons=Lessons(lessons, loaded), collate=collate)
     return {"rows": len(lessons), **train(trainer, out)}
