@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -104,7 +105,7 @@ class _SharedPrefix(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, group: GroupLayout, scale: float) -> Tensor:
-        view = _View(group, heads=query.shape[1], key_heads=key.shape[1], device=query.device)
+        view = _view(group, query.shape[1], key.shape[1], query.device)
         prompt = _attend(
             view.prompt(query), view.repeated(view.prompt(key)), view.repeated(view.prompt(value)), scale, causal=True
         )
@@ -218,6 +219,12 @@ class _View:
     def unpadded(self, x: Tensor) -> Tensor:
         x = x.transpose(0, 1).flatten(1, 2)
         return (x.index_select(1, self._kept) if self._ragged else x).unsqueeze(0)
+
+
+@lru_cache(maxsize=64)
+def _view(group: GroupLayout, heads: int, key_heads: int, device: torch.device) -> _View:
+    """All layers of a forward, and its backward, look at a group in the same way."""
+    return _View(group, heads=heads, key_heads=key_heads, device=device)
 
 
 # ---------------------------------------------------------------- decoding
