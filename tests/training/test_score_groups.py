@@ -62,6 +62,25 @@ def test_under_autocast_it_stays_near_the_full_precision(policy: Loaded, tmp_pat
     assert float((rough - expected).norm() / expected.norm()) < 0.1
 
 
+def test_the_last_layer_computes_completions_only(policy: Loaded) -> None:
+    decoder, family, seen = policy.family.language_model(policy.model), policy.family, []
+    hooks = [layer.mlp.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].shape[1])) for layer in decoder.layers]
+    prompt = family.encode([Message("user", ("what?",))])
+    score_groups(
+        policy.model,
+        family,
+        [pack_group(prompt, RAGGED[0])],
+        [family.encode_images(policy.model, prompt)],
+        temperature=1.0,
+        attention="shared",
+    )
+    for hook in hooks:
+        hook.remove()
+    everything = len(prompt) - 1 + 8
+    # A recurrent layer has to read the prompt to know what its completions go on from.
+    assert seen == [everything] * (len(decoder.layers) - 1) + [8 if hasattr(decoder.layers[-1], "self_attn") else everything]
+
+
 def test_short_rows_on_a_cpu_take_the_mask_and_long_ones_do_not(policy: Loaded) -> None:
     decoder, family = policy.family.language_model(policy.model), policy.family
     short = pack_group(family.encode([Message("user", ("hi",))]), [[70], [71, 72]])

@@ -33,7 +33,7 @@ from polyground.models.family import Family, Loaded
 from polyground.models.internvl import InternVLFamily
 from polyground.models.linear_attention import let_states_branch
 from polyground.models.qwen import QwenFamily, patchify_as_product
-from polyground.models.shared_prefix import SHARED_PREFIX
+from polyground.models.shared_prefix import SHARED_PREFIX, prune_last_layer
 from polyground.models.smolvlm import SmolVLMFamily
 
 
@@ -129,6 +129,7 @@ def load_model(
     if isinstance(family, QwenFamily):
         patchify_as_product(model)
     let_states_branch(model)
+    prune_last_layer(family.language_model(model))
     model.requires_grad_(trainable and adapter is None)
     if adapter is not None:
         model = _with_adapter(model, Path(adapter), trainable=trainable)

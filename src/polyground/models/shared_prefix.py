@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from types import MethodType
 from typing import Any
 
 import torch
@@ -61,7 +62,8 @@ def attention(
         if dropout:
             raise ValueError("shared-prefix attention has no dropout; set attention_dropout to 0 in config.json")
         query, key, value = _as_autocast(query, key, value)
-        return packed_attention(query, key, value, layout, scale=scale).transpose(1, 2), None
+        read = not getattr(module, _PRUNED, False)
+        return packed_attention(query, key, value, layout, scale=scale, prompts_read=read).transpose(1, 2), None
     if prompts is not None:
         query, key, value = _as_autocast(query, key, value)
         return prompts.attend(query, key, value, layer=int(module.layer_idx), scale=scale).transpose(1, 2), None
@@ -80,14 +82,51 @@ AttentionInterface.register(SHARED_PREFIX, attention)
 AttentionMaskInterface.register(SHARED_PREFIX, sdpa_mask)
 
 
-def packed_attention(query: Tensor, key: Tensor, value: Tensor, layout: tuple[GroupLayout, ...], *, scale: float) -> Tensor:
-    """[1, H, S, D] of a packed row; keys and values are [1, K, S, D], H a multiple of K."""
+def prune_last_layer(decoder: nn.Module) -> None:
+    """Let a decoder's last layer compute only what is read when it is given a layout: the completions; prompts come out as zeros.
+
+    Their keys and values are still computed. Layers of another make than attention, feed-forward and a norm before each are
+    left as they are.
+    """
+    last: Any = decoder.layers[-1]
+    if {name for name, _ in last.named_children()} == _PLAIN_LAYER:
+        # A bound method, not a closure: a deep copy of the model must use its own weights.
+        last.forward = MethodType(_pruned_layer, last)
+        setattr(last.self_attn, _PRUNED, True)
+
+
+_PLAIN_LAYER = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
+_PRUNED = "polyground_pruned"
+
+
+def _pruned_layer(layer: Any, hidden_states: Tensor, *, layout: tuple[GroupLayout, ...] | None = None, **options: Any) -> Tensor:
+    if layout is None:
+        out: Tensor = type(layer).forward(layer, hidden_states, **options)
+        return out
+    attended, _ = layer.self_attn(hidden_states=layer.input_layernorm(hidden_states), layout=layout, **options)
+    kept = _completion_rows(layout, hidden_states.device)
+    few = (hidden_states + attended).index_select(1, kept)
+    few = few + layer.mlp(layer.post_attention_layernorm(few))
+    return torch.zeros_like(hidden_states, dtype=few.dtype).index_copy(1, kept, few)
+
+
+@lru_cache(maxsize=64)
+def _completion_rows(layout: tuple[GroupLayout, ...], device: torch.device) -> Tensor:
+    """Where the completions lie in the packed row."""
+    spans = zip(_spans(layout), layout, strict=True)
+    return torch.cat([torch.arange(span.start + group.prefix, span.stop) for span, group in spans]).to(device)
+
+
+def packed_attention(
+    query: Tensor, key: Tensor, value: Tensor, layout: tuple[GroupLayout, ...], *, scale: float, prompts_read: bool = True
+) -> Tensor:
+    """[1, H, S, D] of a packed row; keys and values are [1, K, S, D], H a multiple of K. Zeros for prompts that nobody reads."""
     total = sum(group.total for group in layout)
     if query.shape[0] != 1 or query.shape[2] != total:
         raise ValueError(f"the layout is of one row of {total} tokens; got {query.shape[0]} rows of {query.shape[2]}")
     spans = list(_spans(layout))
     outputs = [
-        _SharedPrefix.apply(query[:, :, span], key[:, :, span], value[:, :, span], group, scale)
+        _SharedPrefix.apply(query[:, :, span], key[:, :, span], value[:, :, span], group, scale, prompts_read)
         for span, group in zip(spans, layout, strict=True)
     ]
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
@@ -104,11 +143,15 @@ class _SharedPrefix(torch.autograd.Function):
     """Attention of one group, [1, H, P + N, D]."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, group: GroupLayout, scale: float) -> Tensor:
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, group: GroupLayout, scale: float, prompt_read: bool
+    ) -> Tensor:
         view = _view(group, query.shape[1], key.shape[1], query.device)
-        prompt = _attend(
-            view.prompt(query), view.repeated(view.prompt(key)), view.repeated(view.prompt(value)), scale, causal=True
-        )
+        prompt = _Attended(torch.zeros_like(view.prompt(query)), query.new_zeros(0))
+        if prompt_read:
+            prompt = _attend(
+                view.prompt(query), view.repeated(view.prompt(key)), view.repeated(view.prompt(value)), scale, causal=True
+            )
         others = _attend(view.folded(view.own(query)), view.prompt(key), view.prompt(value), scale, causal=False)
         owns = _attend(
             view.padded(view.own(query)),
@@ -123,7 +166,7 @@ class _SharedPrefix(torch.autograd.Function):
         merged = to_prompt * (to_prompt_lse - lse).exp()[..., None] + to_self * (to_self_lse - lse).exp()[..., None]
         out = torch.cat([prompt.out, merged.to(query.dtype)], dim=2)
         ctx.save_for_backward(query, key, value, out, prompt.lse, lse)
-        ctx.view, ctx.scale = view, scale
+        ctx.view, ctx.scale, ctx.prompt_read = view, scale, prompt_read
         ctx.kernels = (prompt.state, others.state, owns.state)
         return out
 
@@ -132,17 +175,20 @@ class _SharedPrefix(torch.autograd.Function):
         query, key, value, out, prompt_lse, lse = ctx.saved_tensors
         view, scale, [grad] = ctx.view, ctx.scale, grads
         states = ctx.kernels
-        prompt = _differentiate(
-            view.prompt(grad),
-            view.prompt(query),
-            view.repeated(view.prompt(key)),
-            view.repeated(view.prompt(value)),
-            view.prompt(out),
-            prompt_lse,
-            states[0],
-            scale,
-            causal=True,
-        )
+        prompt: tuple[Tensor, ...] = tuple(torch.zeros_like(view.prompt(x)) for x in (query, key, value))
+        if ctx.prompt_read:
+            found = _differentiate(
+                view.prompt(grad),
+                view.prompt(query),
+                view.repeated(view.prompt(key)),
+                view.repeated(view.prompt(value)),
+                view.prompt(out),
+                prompt_lse,
+                states[0],
+                scale,
+                causal=True,
+            )
+            prompt = (found[0], view.summed(found[1]), view.summed(found[2]))
         others = _differentiate(
             view.folded(view.own(grad)),
             view.folded(view.own(query)),
@@ -166,10 +212,8 @@ class _SharedPrefix(torch.autograd.Function):
             causal=True,
         )
         d_query = torch.cat([prompt[0], view.unfolded(others[0]) + view.unpadded(owns[0])], dim=2)
-        d_key, d_value = (
-            torch.cat([view.summed(prompt[i]) + others[i], view.unpadded(view.summed(owns[i]))], dim=2) for i in (1, 2)
-        )
-        return d_query, d_key, d_value, None, None
+        d_key, d_value = (torch.cat([prompt[i] + others[i], view.unpadded(view.summed(owns[i]))], dim=2) for i in (1, 2))
+        return d_query, d_key, d_value, None, None, None
 
 
 class _View:
