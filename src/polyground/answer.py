@@ -65,6 +65,16 @@ _UNTAGGED = r"(?:(?!</?think>|</?answer>).)"
 _CONTRACT = re.compile(rf"\s*<think>({_UNTAGGED}+)</think>\s*<answer>({_UNTAGGED}*)</answer>\s*", re.DOTALL)
 
 
+def spoken(text: str) -> str:
+    """A completion without its thoughts. Templates may open one in the prompt, so what a stray closing tag ends is one too."""
+    return _THOUGHT.sub(" ", text).rpartition("</think>")[2]
+
+
+def answer_tags(text: str) -> list[str]:
+    """What stands in each answer tag outside the thoughts, well-formed or not, in order."""
+    return _ANSWER.findall(spoken(text))
+
+
 def write_answer(answer: Answer, grids: Sequence[Grid]) -> str:
     """The content of the answer tag; each box on the grid of its image. Raises ValueError for a box with no such image.
 
@@ -115,10 +125,8 @@ def read_answer(text: str, grids: Sequence[Grid], *, native: str | None = None) 
     >>> read_answer("it is on the left", [PER_MILLE])
     <Unreadable.MISSING: 'missing'>
     """
-    # Some chat templates open the thought in the prompt: what a stray closing tag ends is a thought as well.
-    spoken = _THOUGHT.sub(" ", text).rpartition("</think>")[2]
     first_problem: Unreadable | None = None
-    for content in reversed(_ANSWER.findall(spoken)):
+    for content in reversed(answer_tags(text)):
         answer = _read_content(content, grids)
         if isinstance(answer, Answer):
             return answer
@@ -128,7 +136,7 @@ def read_answer(text: str, grids: Sequence[Grid], *, native: str | None = None) 
     if native is None:
         return Unreadable.MISSING
     # A thought cut short never closes.
-    return NATIVE_READERS[native](spoken.partition("<think>")[0][-NATIVE_TAIL:], grids)
+    return NATIVE_READERS[native](spoken(text).partition("<think>")[0][-NATIVE_TAIL:], grids)
 
 
 def _read_content(content: str, grids: Sequence[Grid]) -> Answer | Unreadable:
@@ -202,9 +210,14 @@ def _locate(image: int | None, numbers: Sequence[float], grids: Sequence[Grid]) 
 
 
 _JSON_LIST = re.compile(r"\[\s*\{.*?\}\s*\]|\{[^{}]*\}", re.DOTALL)
-_NUMBER = r"\s*(-?\d{1,9}(?:\.\d{1,9})?)\s*"
-_BOX_TOKENS = re.compile(rf"\({_NUMBER},{_NUMBER}\)\s*,\s*\({_NUMBER},{_NUMBER}\)")
-_BOX_BRACKETS = re.compile(rf"\[\[?{_NUMBER},{_NUMBER},{_NUMBER},{_NUMBER}\]\]?")
+
+NUMBER = r"\s*(-?\d{1,9}(?:\.\d{1,9})?)\s*"
+"""Pattern of one coordinate in a native form."""
+
+POINT_PAIR = re.compile(rf"\({NUMBER},{NUMBER}\)\s*,\s*\({NUMBER},{NUMBER}\)")
+"""A box as two points, inside box tokens or bare."""
+
+_BOX_BRACKETS = re.compile(rf"\[\[?{NUMBER},{NUMBER},{NUMBER},{NUMBER}\]\]?")
 
 
 def _read_qwen_json(text: str, grids: Sequence[Grid]) -> Answer | Unreadable:
@@ -249,7 +262,7 @@ def _read_choice(text: str) -> Answer | Unreadable:
 
 NATIVE_READERS: dict[str, Callable[[str, Sequence[Grid]], Answer | Unreadable]] = {
     "qwen_json": _read_qwen_json,
-    "qwen_tokens": lambda text, grids: _read_numbers(_BOX_TOKENS, text, grids),
+    "qwen_tokens": lambda text, grids: _read_numbers(POINT_PAIR, text, grids),
     "internvl": lambda text, grids: _read_numbers(_BOX_BRACKETS, text, grids),
     "any": _read_any,
 }

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from polyground.answer import NATIVE_TAIL, Answer, Located, Unreadable, read_answer
+from polyground.answer import NATIVE_TAIL, NUMBER, POINT_PAIR, Answer, Located, Unreadable, answer_tags, read_answer, spoken
 from polyground.detection import Found, Panel, Truth, average_precision, regroup
 from polyground.errors import ConfigError, DataError
 from polyground.geometry import Box, Grid, iou, reaches
@@ -318,31 +318,21 @@ Rule = Callable[[str, Example, Sequence[Grid], str | None], Verdict]
 Corners = tuple[float, float, float, float]
 """x0, y0, x1, y1 in fractions of the image, which a model's box may leave."""
 
-_NUMBER = r"\s*(-?\d{1,9}(?:\.\d{1,9})?)\s*"
-_PAIRS = re.compile(rf"\({_NUMBER},{_NUMBER}\)\s*,\s*\({_NUMBER},{_NUMBER}\)")
-_BRACKETS = re.compile(rf"\[{_NUMBER},{_NUMBER},{_NUMBER},{_NUMBER}\]")
+_BRACKETS = re.compile(rf"\[{NUMBER},{NUMBER},{NUMBER},{NUMBER}\]")
 _FIRST = {
-    "qwen_tokens": _PAIRS,
+    "qwen_tokens": POINT_PAIR,
     "qwen_json": _BRACKETS,
     "internvl": _BRACKETS,
-    "any": re.compile(f"{_PAIRS.pattern}|{_BRACKETS.pattern}"),
+    "any": re.compile(f"{POINT_PAIR.pattern}|{_BRACKETS.pattern}"),
 }
 _CONTRACT_BOX = re.compile(rf'"bbox_2d"\s*:\s*{_BRACKETS.pattern}')
-_THOUGHT = re.compile(r"<think>(?:(?!<think>).)*?</think>", re.DOTALL)
-_ANSWER = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)
 _LETTER = re.compile(r"\s*\(?([A-Z])\)?\.?\s*")
 
 
 def said(text: str) -> str:
     """What a response says: the last answer tag, or without one everything that is not a thought."""
-    spoken = _spoken(text)
-    tagged = _ANSWER.findall(spoken)
-    return str(tagged[-1]) if tagged else spoken.partition("<think>")[0]
-
-
-def _spoken(text: str) -> str:
-    """A response without its thoughts; as in `read_answer`, what a stray closing tag ends is one as well."""
-    return _THOUGHT.sub(" ", text).rpartition("</think>")[2]
+    tagged = answer_tags(text)
+    return tagged[-1] if tagged else spoken(text).partition("<think>")[0]
 
 
 def first_box(text: str, example: Example, grids: Sequence[Grid], native: str | None) -> Verdict:
@@ -409,7 +399,7 @@ def _corners(numbers: Sequence[float], grid: Grid) -> Corners:
 def _as_written(text: str, first: Located, grids: Sequence[Grid]) -> Corners:
     """The corners of the first box of an answer in the contract, with what leaves the image: reading it has cut that off."""
     box, grid = first.box, grids[-1 if first.image is None else first.image - 1]
-    for content in reversed(_ANSWER.findall(_spoken(text))):
+    for content in reversed(answer_tags(text)):
         if found := _CONTRACT_BOX.search(content):
             x0, y0, x1, y1 = _corners([float(number) for number in found.groups()], grid)
             if (max(0.0, x0), max(0.0, y0), min(1.0, x1), min(1.0, y1)) == (box.x0, box.y0, box.x1, box.y1):
@@ -445,7 +435,7 @@ Compat = Callable[[str, Example, Sequence[Grid], str | None], float]
 
 def _migician_stretch(text: str, example: Example, grids: Sequence[Grid], native: str | None) -> float:
     """Migician's script moves every predicted box down before it is scored: y1 by 5 %, y2 by 10 %, neither beyond 0.999."""
-    found = _PAIRS.search(said(text)[:NATIVE_TAIL])
+    found = POINT_PAIR.search(said(text)[:NATIVE_TAIL])
     reading = read_answer(text, grids)
     if isinstance(reading, Answer) and reading.boxes:
         x0, y0, x1, y1 = _as_written(text, reading.boxes[0], grids)
