@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -52,7 +53,7 @@ class Options:
         return torch.autocast(self.device.type, dtype=torch.bfloat16) if self.dtype == "bfloat16" else nullcontext()
 
 
-class Arm:
+class Arm(ABC):
     """One way to run the step."""
 
     name: ClassVar[str]
@@ -60,9 +61,9 @@ class Arm:
     family: Family
     device: torch.device
 
+    @abstractmethod
     def step(self, case: Case, phases: Phases, *, beta: float, rollout: bool = True) -> float:
         """One step; returns the loss. The rollout's tokens are thrown away: the update is on the case's own."""
-        raise NotImplementedError
 
     def gradients(self) -> dict[str, Tensor]:
         """Of the adapter, on the CPU."""

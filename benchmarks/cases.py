@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 
 from polyground.models import Family, Prompt
@@ -95,10 +93,6 @@ def write_images(folder: Path, count: int, *, side: int, seed: str) -> list[Path
             noise = numbers.normal(0, 8, (side, side, 3))
             Image.fromarray(np.clip(np.asarray(coarse) + noise, 0, 255).astype(np.uint8)).save(path, quality=90)
     return paths
-
-
-def row_lengths(completions: Sequence[Sequence[Sequence[int]]]) -> torch.Tensor:
-    return torch.tensor([len(completion) for group in completions for completion in group])
 
 
 def _length(cell: Cell, rng: random.Random) -> int:

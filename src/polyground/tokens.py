@@ -92,8 +92,10 @@ def _tokenizer(folder: Path) -> tuple[Any, str]:
         return None, "the tokenizers library is not installed (pip install tokenizers)"
     try:
         return Tokenizer.from_file(str(file)), ""
-    # The library raises nothing narrower.
     except Exception as error:
+        # The library raises `Exception` itself and nothing narrower; its subclasses are somebody else's.
+        if type(error) is not Exception:
+            raise
         raise ModelError(f"{file}: not a tokenizer ({error}); copy the file again") from error
 
 
