@@ -217,12 +217,20 @@ def _path(frame: Frame, line: Sequence[tuple[float, float]]) -> str:
 
 
 def _spread(ends: Sequence[tuple[float, str, str]], *, gap: float, top: float, bottom: float) -> list[tuple[float, str, str]]:
-    """Labels pushed apart to `gap`, then shifted together so that they stay beside the plot."""
+    """Labels pushed apart to `gap`, downwards; those that would leave the plot push back upwards.
+
+    >>> _spread([(0.0, "1", "a"), (99.0, "0", "b"), (100.0, "0", "c")], gap=13, top=0, bottom=100)
+    [(0.0, '1', 'a'), (87, '0', 'b'), (100, '0', 'c')]
+    """
     placed: list[tuple[float, str, str]] = []
     for y, text, style in sorted(ends):
         placed.append((max(y, placed[-1][0] + gap) if placed else max(y, top), text, style))
-    excess = max(0.0, placed[-1][0] - bottom) if placed else 0.0
-    return [(y - excess, text, style) for y, text, style in placed]
+    lowest = bottom
+    for index in reversed(range(len(placed))):
+        y, text, style = placed[index]
+        placed[index] = (min(y, lowest), text, style)
+        lowest = placed[index][0] - gap
+    return placed
 
 
 def _percent(measure: Measure) -> str:

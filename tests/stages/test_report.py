@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -12,12 +13,13 @@ import pytest
 from PIL import Image
 
 from polyground.answer import Answer, Located
-from polyground.config import EvaluateConfig, Recipe, RejectConfig, ReportConfig, WorldConfig
+from polyground.config import EvaluateConfig, GrpoConfig, Recipe, RejectConfig, ReportConfig, WorldConfig
 from polyground.errors import DataError
 from polyground.geometry import Box, iou
 from polyground.metrics import paired_difference, summarize
 from polyground.records import Completion, Example, Rollout, Score
 from polyground.stages import evaluation_splits, read_split, report, world
+from polyground.stages.report.training import Answered, choose_groups, sample_steps
 from polyground.storage import RowWriter, RunFolder, atomic_write_json
 
 INJECTED = "<script>alert('from the model')</script>"
@@ -30,6 +32,7 @@ def small_recipe(out: Path) -> Recipe:
         name="trial <b>run</b>",
         out=out,
         world=WorldConfig(**sizes),
+        grpo=GrpoConfig(save_steps=20),
         reject=RejectConfig(num_generations=4),
         evaluate=EvaluateConfig(bootstrap=50),
         report=ReportConfig(gallery_size=20),
@@ -108,12 +111,35 @@ def write_training(recipe: Recipe) -> None:
                 {"step": step, "reward": gain, "rewards/iou/mean": gain, "rewards/format/mean": 0.97, "rewards/iou/std": 0.1}
                 | {"kl": 1e-4 * step, "entropy": 0.8 - step / 200, "completions/mean_length": 50 + rng.random() * 5}
                 | {"frac_reward_zero_std": 0.2, "unreadable": 0.02, "completions/clipped_ratio": 0.01}
+                | {"unreadable/missing": 0.02, "unreadable/too_many": 0.0, "wrong_image": 0.1, "boxes/area_ratio": 1.1}
+                | {"reasoning/mean_length": 120.0, "tasks/diff/reward": gain, "tasks/diff/iou": gain}
             )
+    with RowWriter(recipe.out / "grpo" / "warnings.jsonl") as rows:
+        rows.append({"step": 40, "kind": "boxes_growing", "text": f"The boxes grew. {INJECTED}"})
+    write_rollouts(recipe)
     with RunFolder(recipe.out / "synthesize", "synthesize", {}) as folder:
         folder.finish({"asked": 100, "kept": 84, "dropped": {"wrong_box": 9, "wrong_image": 5, "format": 2}})
     with RunFolder(recipe.out / "reject", "reject", {}) as folder:
         histogram = {"0.000": 30, "0.250": 12, "0.500": 9, "0.750": 14, "1.000": 35}
         folder.finish({"asked": 100, "kept": 35, "pass_rates": histogram})
+
+
+def write_rollouts(recipe: Recipe) -> None:
+    """Two groups of three completions for each of the 60 steps; a third question's rows name no question that is known."""
+    examples = [example for example in read_split(recipe, "test") if example.target.boxes]
+    first = examples[0]
+    second = next(example for example in examples if example.task != first.task)
+    with RowWriter(recipe.out / "reject" / "kept.jsonl") as rows:
+        for example in (first, second):
+            rows.append(example.to_json())
+    with RowWriter(recipe.out / "grpo" / "rollouts.jsonl") as rows:
+        for step in range(60):
+            rng = random.Random(step)
+            for example in (first, second):
+                for advantage, right in ((0.5, True), (-1.0, False), (0.5, True)):
+                    answer = answer_of(example, rng, right=right)
+                    rows.append({"step": step, "advantage": advantage, **answer.to_json()})
+            rows.append({"step": step, "advantage": 0.0, **replace(answer, example="gone").to_json()})
 
 
 @pytest.fixture(scope="module")
@@ -188,6 +214,14 @@ def test_the_page_has_every_section(html: str, section: str) -> None:
         "Reward parts",
         "Entropy",
         "Groups without variance",
+        "Unreadable, by reason",
+        "Image errors",
+        "A warning",
+        "raised a warning: see Training",
+        "What the policy said while it trained",
+        "In the first step",
+        "At step 60",
+        "advantage -1.00",
         "dropped: wrong box",
         "Right answers among 4 samples",
         "still wrong",
@@ -223,6 +257,91 @@ def test_the_gallery_draws_the_annotation_on_its_image(finished: Recipe) -> None
         target = examples[sample.key].target.boxes[0]
         drawn = [i for i, picture in enumerate(sample.pictures, 1) for box in picture.boxes if box.model == "truth"]
         assert drawn == [target.image or 1]
+
+
+def test_a_warning_is_text_beside_its_step(finished: Recipe, html: str) -> None:
+    part = report.gather(finished).training[-1]
+    assert part.warnings == [(40, f"The boxes grew. {INJECTED}")]
+    assert "<b>step 40</b> The boxes grew. &lt;script&gt;" in html
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        pytest.param(None, False, id="a-run-nobody-watched"),
+        pytest.param("", True, id="a-watched-run-without-warnings"),
+    ],
+)
+def test_that_nothing_was_seen_is_said_only_where_it_was_looked_for(tmp_path: Path, rows: str | None, said: bool) -> None:
+    recipe = small_recipe(tmp_path)
+    with RowWriter(recipe.out / "grpo" / "log.jsonl") as log:
+        log.append({"step": 1, "loss": 0.1, "reward": 0.5})
+    if rows is not None:
+        (recipe.out / "grpo" / "warnings.jsonl").write_text(rows)
+    html = report.run(recipe).read_text(encoding="utf-8")
+    assert ("No warning" in html) == said
+    assert 'class="card warnings"' not in html
+
+
+def test_reasons_that_never_occurred_have_no_curve(finished: Recipe) -> None:
+    figures = {figure.title: figure for figure in report.gather(finished).training[-1].figures}
+    assert figures["Unreadable, by reason"].names == ["missing"]
+
+
+def test_a_curve_has_a_legend_unless_the_title_names_it(finished: Recipe) -> None:
+    figures = {figure.title: figure.names for figure in report.gather(finished).training[-1].figures}
+    assert figures["Entropy"] == []
+    assert figures["Completion length"] == ["tokens"]
+    assert figures["Reward parts"] == ["iou", "format"]
+
+
+def test_a_task_has_a_figure_with_the_curves_there_are(finished: Recipe) -> None:
+    [figure] = report.gather(finished).training[-1].tasks
+    assert (figure.title, figure.names) == ("diff", ["reward", "IoU"])
+
+
+def test_the_answers_of_a_training_are_the_best_and_the_worst_of_their_groups(finished: Recipe) -> None:
+    moments = report.gather(finished).training[-1].moments
+    assert [moment.title for moment in moments] == ["In the first step", "At step 40", "At step 60"]
+    for moment in moments:
+        assert len({sample.task for sample in moment.samples}) == len(moment.samples) == 2
+        for sample in moment.samples:
+            assert [answer.model for answer in sample.answers] == ["best", "worst"]
+            assert [answer.right for answer in sample.answers] == [True, False]
+            drawn = {box.model for picture in sample.pictures for box in picture.boxes}
+            assert {"truth", "best"} <= drawn <= {"truth", "best", "worst", "asked"}
+
+
+def test_a_page_without_a_gallery_shows_no_answers_of_the_training_either(finished: Recipe) -> None:
+    bare = finished.model_copy(update={"report": ReportConfig(gallery_size=0)})
+    assert report.gather(bare).training[-1].moments == []
+
+
+@pytest.mark.parametrize(
+    ("total", "save_steps", "iterations", "expected"),
+    [
+        pytest.param(0, 20, 1, {}, id="nothing-yet"),
+        pytest.param(1, 20, 1, {0: "In the first step"}, id="one-step"),
+        pytest.param(50, 100, 1, {0: "In the first step", 49: "At step 50"}, id="no-checkpoint"),
+        pytest.param(100, 10, 1, {0: "In the first step", 49: "At step 50", 99: "At step 100"}, id="many-checkpoints"),
+        pytest.param(12, 6, 3, {0: "In the first step", 3: "At step 6", 9: "At step 12"}, id="rollouts-that-are-reused"),
+    ],
+)
+def test_the_moments_shown_are_the_start_checkpoints_and_the_end(
+    total: int, save_steps: int, iterations: int, expected: dict[int, str]
+) -> None:
+    assert sample_steps(total, save_steps=save_steps, num_iterations=iterations, size=3) == expected
+
+
+def group(task: str, *totals: float) -> list[Answered]:
+    rollouts = [replace(rollout(right=True), task=task, score=Score(total=total, parts={})) for total in totals]
+    return [Answered(one, 0.0) for one in rollouts]
+
+
+def test_tasks_take_turns_and_groups_that_differ_come_first() -> None:
+    groups = {"a": group("diff", 1, 1), "b": group("diff", 1, 0), "c": group("diff", 0, 0), "d": group("region", 0, 0)}
+    assert set(choose_groups(groups, size=2, seed=0)) == {"b", "d"}
+    assert choose_groups(groups, size=9, seed=0)[2:] == ["a", "c"]
 
 
 def test_the_same_run_gives_the_same_page(finished: Recipe, html: str) -> None:

@@ -8,7 +8,7 @@ for (const button of document.querySelectorAll(".filters button")) {
       peer.setAttribute("aria-pressed", String(peer === button));
     }
     let shown = 0;
-    for (const sample of document.querySelectorAll(".sample")) {
+    for (const sample of document.querySelectorAll("#gallery .sample")) {
       const fits = (!chosen.task || sample.dataset.task === chosen.task) && (!chosen.outcome || sample.dataset.outcome === chosen.outcome);
       sample.hidden = !fits;
       shown += fits ? 1 : 0;

@@ -48,6 +48,7 @@ from polyground.rollout import Ask, Group, Judge, rollout_groups
 from polyground.sampling import Sampler
 from polyground.training.remembering import Ready, Remembering
 from polyground.training.runs import append_rows, prepare_model, require_packable, train, training_arguments
+from polyground.training.watch import Watching, answer_metrics
 
 logger = logging.getLogger("polyground")
 
@@ -169,15 +170,14 @@ def score_groups(
 ) -> list[TokenScores]:
     """The same for several groups, in one pass where their attention allows; the results do not depend on it."""
     decoder = family.language_model(model)
-    joined = join_groups(groups)
-    if not shares_prefix(decoder, joined, attention):
+    if not shares_prefix(decoder, groups, attention):
         return [
             _scores(model, family, group, [seen], temperature, mask=group.mask_11SS)
             for group, seen in zip(groups, features, strict=True)
         ]
     if has_linear_attention(decoder):
         return [_scores(model, family, group, [seen], temperature) for group, seen in zip(groups, features, strict=True)]
-    scores = _scores(model, family, joined, features, temperature)
+    scores = _scores(model, family, join_groups(groups), features, temperature)
     counts = [sum(group.lengths) for group in groups]
     parts = zip(scores.logprobs_N.split(counts), scores.entropies_N.split(counts), strict=True)
     return [TokenScores(logprobs_N, entropies_N) for logprobs_N, entropies_N in parts]
@@ -208,26 +208,30 @@ def _scores(
     return token_scores(outputs.logits[0], packed.targets_N, temperature=temperature)
 
 
-def shares_prefix(decoder: Any, packed: PackedGroup, attention: PrefixAttention) -> bool:
-    """Whether a packed forward uses shared-prefix attention (`models.shared_prefix`) rather than a dense mask.
+def shares_prefix(decoder: Any, groups: Sequence[PackedGroup], attention: PrefixAttention) -> bool:
+    """Whether the forward of these groups uses shared-prefix attention (`models.shared_prefix`) rather than dense masks.
 
-    `auto` takes it wherever it is there, except for rows so short on a CPU that a mask costs less than the pieces.
+    `auto` takes it wherever it is there, except for so few tokens on a CPU that a mask costs less than the pieces.
     """
-    there = decoder.config._attn_implementation == SHARED_PREFIX and all(group.prefix for group in packed.layout)
+    there = decoder.config._attn_implementation == SHARED_PREFIX and all(lot.prefix for group in groups for lot in group.layout)
     if attention == "auto":
-        return there and (packed.input_ids_1S.shape[1] >= SHORT or packed.input_ids_1S.device.type != "cpu")
+        return there and (_tokens(groups) >= SHORT or groups[0].input_ids_1S.device.type != "cpu")
     return there and attention == "shared"
 
 
-def attention_note(decoder: Any, packed: PackedGroup, attention: PrefixAttention) -> str:
-    """Which attention a packed row gets, and why."""
-    chosen = "shared" if shares_prefix(decoder, packed, attention) else "mask"
-    tokens, device = packed.input_ids_1S.shape[1], packed.input_ids_1S.device.type
+def attention_note(decoder: Any, groups: Sequence[PackedGroup], attention: PrefixAttention) -> str:
+    """Which attention these groups get, and why."""
+    chosen = "shared" if shares_prefix(decoder, groups, attention) else "mask"
     found = decoder.config._attn_implementation
     if attention != "mask" and found != SHARED_PREFIX:
         return f"{chosen} (the model was loaded with {found})"
-    why = f"; rows of {tokens:,} tokens on {device}" if attention == "auto" else ""
+    device = groups[0].input_ids_1S.device.type
+    why = f"; rows of {_tokens(groups):,} tokens on {device}" if attention == "auto" else ""
     return f"{chosen} ({attention}{why})"
+
+
+def _tokens(groups: Sequence[PackedGroup]) -> int:
+    return sum(group.input_ids_1S.shape[1] for group in groups)
 
 
 class GrpoTrainer(Trainer):
@@ -321,7 +325,7 @@ class GrpoTrainer(Trainer):
     def _score(self, model: Any, lots: Sequence[Lot]) -> list[TokenScores]:
         if not self.attention:
             decoder = self._family.language_model(model)
-            self.attention = attention_note(decoder, join_groups([lot.packed for lot in lots]), self.config.prefix_attention)
+            self.attention = attention_note(decoder, [lot.packed for lot in lots], self.config.prefix_attention)
             logger.info("prefix attention: %s", self.attention)
         return score_groups(
             model,
@@ -479,9 +483,6 @@ def group_metrics(groups: Sequence[Group]) -> dict[str, float]:
     totals = [rollout.score.total for rollout in rollouts]
     lengths = [len(rollout.completion.token_ids) for rollout in rollouts]
     images = [rollout.score.image_correct for rollout in rollouts if rollout.score.image_correct is not None]
-    by_task: dict[str, list[float]] = defaultdict(list)
-    for rollout in rollouts:
-        by_task[rollout.task].append(rollout.score.total)
     metrics = {
         "reward": _mean(totals),
         "reward_std": _mean([deviation(group.totals) for group in groups]),
@@ -497,7 +498,7 @@ def group_metrics(groups: Sequence[Group]) -> dict[str, float]:
         metrics |= {f"rewards/{name}/mean": _mean(values), f"rewards/{name}/std": deviation(values)}
     if images:
         metrics["image_accuracy"] = _mean(images)
-    return metrics | {f"tasks/{task}/reward": _mean(values) for task, values in sorted(by_task.items())}
+    return metrics | answer_metrics(groups)
 
 
 def difficulty_weight(group: Group) -> float:
@@ -547,7 +548,9 @@ def train_grpo(
         judge=judge,
         seed=seed,
     )
-    summary = {"examples": len(examples), **train(trainer, out, by_step=(ROLLOUTS,))}
+    watching = Watching(out)
+    trainer.add_callback(watching)
+    summary = {"examples": len(examples), **train(trainer, out, by_step=(ROLLOUTS,)), "warnings": watching.count()}
     return summary | ({"prefix_attention": trainer.attention} if trainer.attention else {})
 
 
