@@ -7,7 +7,8 @@ model takes, for every token that goes through the language model,
     backward    2 N + 4 A       gradients of activations only, N being frozen; of the adapter, of activations and of weights
 
 so 4 N + 6 A where full fine-tuning has 6 N; the first layer's query, key and value need no gradient of their input, which is the
-frozen embedding. Attention adds, for each pair of a query and a key it may see, 4 x query width
+frozen embedding. (`models.lora` adds the adapter to the weight where that is less work; the count stays what a plain adapter
+needs.) Attention adds, for each pair of a query and a key it may see, 4 x query width
 forward (scores, values) and 8 x query width backward (each product has two gradients; a flash kernel computes the scores
 once more, which is not counted as needed). The output layer adds 4 x hidden x vocabulary for each completion token.
 Normalisations, activations, rotary positions, softmax, the vision tower (frozen, and encoded once per step in the phase before)

@@ -32,6 +32,7 @@ from polyground.models.chat import ChatFamily
 from polyground.models.family import Family, Loaded
 from polyground.models.internvl import InternVLFamily
 from polyground.models.linear_attention import let_states_branch
+from polyground.models.lora import compute_in_one_piece
 from polyground.models.qwen import QwenFamily, patchify_as_product
 from polyground.models.shared_prefix import SHARED_PREFIX, prune_last_layer
 from polyground.models.smolvlm import SmolVLMFamily
@@ -165,9 +166,11 @@ def _with_adapter(model: PreTrainedModel, adapter: Path, *, trainable: bool) -> 
     if not (adapter / "adapter_model.safetensors").is_file():
         raise ModelError(f"{adapter}: no adapter_model.safetensors; save the adapter with safetensors")
     try:
-        return PeftModel.from_pretrained(model, str(adapter), is_trainable=trainable)
+        adapted = PeftModel.from_pretrained(model, str(adapter), is_trainable=trainable)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"{adapter}: the adapter does not fit its base model ({error}); train it again on this base") from error
+    compute_in_one_piece(adapted)
+    return adapted
 
 
 def _chat_template(folder: Path) -> str:

@@ -27,6 +27,7 @@ from transformers import (
 from polyground.config import TrainingConfig
 from polyground.errors import ConfigError, PolygroundError, StorageError
 from polyground.models import Family
+from polyground.models.lora import compute_in_one_piece
 from polyground.models.shared_prefix import SHARED_PREFIX
 from polyground.storage import RowWriter, atomic_write_text, read_rows
 
@@ -62,6 +63,7 @@ def add_adapter(model: Any, family: Family, config: TrainingConfig, *, seed: int
         task_type="CAUSAL_LM",
     )
     adapted = get_peft_model(model, lora)
+    compute_in_one_piece(adapted)
     if config.gradient_checkpointing:
         # Hooks the text embedding only: hooking every input would send gradients through the frozen vision tower.
         family.embedding(adapted).register_forward_hook(lambda _module, _inputs, output: output.requires_grad_(True))
