@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import transformers
@@ -34,16 +34,17 @@ from models import FAMILIES, PRESETS, model_folder
 from polyground.conventions import read_config
 from polyground.models import Loaded, load_family, load_model
 from polyground.records import Message
-from polyground.sampling.local import LocalSampler
+from polyground.sampling.local import Decoding, LocalSampler
 
 Sample = Callable[[list[list[Path]]], list[int]]
 """Samples for the images of each question; returns the length of every completion."""
 
 
-def ours(loaded: Loaded, *, k: int, tokens: int, batch_size: int) -> Sample:
+def ours(loaded: Loaded, *, k: int, tokens: int, batch_size: int, decoding: Decoding) -> Sample:
     """This package's sampler, which encodes and prefills a question once for all its completions."""
     family = NeverStopping(loaded.family)
-    sampler = LocalSampler(replace(loaded, family=family), batch_size=batch_size)  # type: ignore[arg-type]
+    there: Any = replace(loaded, family=family)  # type: ignore[arg-type]
+    sampler = LocalSampler(there, batch_size=batch_size, decoding=decoding)
 
     def sample(questions: list[list[Path]]) -> list[int]:
         messages = [[Message("user", (*images, QUESTION))] for images in questions]
@@ -129,7 +130,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     folder = options.model or model_folder(options.work, options.preset, family, dtype=options.dtype, device=options.device)
     loaded = load_model(folder, dtype=options.dtype, device=device)
     size = {"k": options.k, "tokens": options.tokens}
-    samplers: dict[str, Sample] = {"ours": ours(loaded, batch_size=options.batch_size, **size)}
+    samplers: dict[str, Sample] = {"ours": ours(loaded, batch_size=options.batch_size, decoding=options.decoding, **size)}
     for per_call in sorted({min(options.questions, n) for n in options.generate_batches}):
         samplers[f"generate x {per_call}"] = generate(folder, per_call=per_call, dtype=options.dtype, device=device, **size)
     if options.vllm_url:
@@ -190,6 +191,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--warmup", type=int, default=1)
     parser.add_argument("--batch-size", type=int, default=64, help="completions our sampler decodes together")
+    parser.add_argument("--decoding", choices=get_args(Decoding), default="auto", help="how our sampler decodes")
     parser.add_argument(
         "--generate-batches", type=int, nargs="+", default=[1, 4], help="questions per call of generate, each tried"
     )

@@ -11,7 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from polyground.models.shared_prefix import SHARED_PREFIX, GroupLayout, packed_attention
+from polyground.models.shared_prefix import SHARED_PREFIX, GroupLayout, _attend, attend_written_out, packed_attention
 
 D = 16
 
@@ -143,3 +143,18 @@ def test_without_a_layout_it_is_sdpa(decoder: Qwen3ForCausalLM) -> None:
         torch.testing.assert_close(
             decoder(input_ids=ids, attention_mask=given).logits, plain(input_ids=ids, attention_mask=given).logits
         )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_written_out_is_the_kernel_that_takes_a_bias(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, 2, length, D, dtype=dtype) for length in (3, 9, 9))
+    bias = torch.zeros(2, 1, 1, 9)
+    bias[1, ..., :4] = -torch.inf
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+        ours = attend_written_out(query, key, value, 0.3, bias)
+    kernel = _attend(query, key, value, 0.3, causal=False, bias=bias)
+    assert ours.lse.dtype == torch.float32
+    assert ours.out.dtype == dtype
+    torch.testing.assert_close(ours.lse, kernel.lse.float(), rtol=0, atol=1e-5 if dtype == torch.float32 else 2e-2)
+    torch.testing.assert_close(ours.out, kernel.out, rtol=0, atol=1e-6 if dtype == torch.float32 else 2e-2)

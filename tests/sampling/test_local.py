@@ -3,16 +3,17 @@
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from hasty import Hasty, generated, ragged_prompts
 from peft import LoraConfig, get_peft_model
 
-from polyground.models import Family, Loaded, load_model
+from polyground.models import Loaded, load_model
 from polyground.records import Completion, Message
-from polyground.sampling.local import LocalSampler, _draw, _nucleus, _Settings
-from toys import FAMILIES, plain_inputs, write_image, write_toy
+from polyground.sampling.drawing import Settings, draw, nucleus
+from polyground.sampling.local import LocalSampler
+from toys import FAMILIES, write_toy
 
 torch.set_num_threads(1)
 
@@ -24,33 +25,11 @@ def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture(scope="module")
 def prompts(tmp_path_factory: pytest.TempPathFactory) -> list[list[Message]]:
-    folder = tmp_path_factory.mktemp("images")
-    square, wide = write_image(folder / "square.png"), write_image(folder / "wide.png", "blue", width=84)
-    tall = write_image(folder / "tall.png", "white", height=84)
-    return [
-        [Message("user", (square, "where?"))],
-        [Message("user", ("Image 1: ", square, "Image 2: ", wide, "which of the two?"))],
-        [Message("user", (square, wide, tall, "and here"))],
-        [Message("user", ("no image",))],
-    ]
-
-
-def _generated(loaded: Loaded, messages: list[Message], *, max_tokens: int) -> list[int]:
-    """What transformers' own greedy `generate` says of one prompt, from its pixels."""
-    prompt = loaded.family.encode(messages)
-    output = loaded.model.generate(
-        attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-        max_new_tokens=max_tokens,
-        do_sample=False,
-        suppress_tokens=list(loaded.family.banned_token_ids),
-        eos_token_id=list(loaded.family.stop_token_ids),
-        **plain_inputs(loaded, prompt),
-    )
-    return output[0, len(prompt) :].tolist()
+    return ragged_prompts(tmp_path_factory.mktemp("images"))
 
 
 def test_greedy_is_transformers_generate_for_ragged_image_counts(loaded: Loaded, prompts: list[list[Message]]) -> None:
-    expected = [_generated(loaded, messages, max_tokens=20) for messages in prompts]
+    expected = [generated(loaded, messages, max_tokens=20)[0] for messages in prompts]
     for batch_size, share in ((1, False), (8, False), (8, True)):
         sampler = LocalSampler(loaded, batch_size=batch_size, share_prompts=share)
         sampled = sampler.sample(prompts, n=2, temperature=0, max_tokens=20, seed=0)
@@ -68,17 +47,6 @@ def test_a_completion_does_not_depend_on_its_neighbours(loaded: Loaded, prompts:
     assert [[c.token_ids for c in g[:2]] for g in together] == [[c.token_ids for c in g] for g in fewer]
     # Some rows must have ended early, or dropping finished rows was not put to the test.
     assert len({len(c.token_ids) for g in together for c in g}) > 2
-
-
-class Hasty:
-    """A family a quarter of whose tokens ends a completion, so that rows leave the batch at every step."""
-
-    def __init__(self, family: Family) -> None:
-        self._family = family
-        self.stop_token_ids = (*family.stop_token_ids, *range(0, 256, 4))
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._family, name)
 
 
 def test_rows_that_end_leave_the_others_as_they_were(loaded: Loaded, prompts: list[list[Message]]) -> None:
@@ -110,7 +78,7 @@ def test_reading_shared_keys_draws_what_reading_copies_draws(loaded: Loaded, pro
     assert len({len(c.token_ids) for g in shared for c in g}) > 3
 
 
-def test_the_seed_the_key_and_the_number_in_the_group_each_change_the_draw(loaded: Loaded, prompts: list[list[Message]]) -> None:
+def test_the_seed_the_key_and_the_number_in_the_group_each_change_thedraw(loaded: Loaded, prompts: list[list[Message]]) -> None:
     def draw(seed: int, key: str) -> list[tuple[int, ...]]:
         [group] = LocalSampler(loaded).sample(prompts[:1], n=2, temperature=1.0, max_tokens=12, seed=seed, keys=[key])
         return [c.token_ids for c in group]
@@ -208,7 +176,7 @@ def test_settings_out_of_range_are_refused(loaded: Loaded, wrong: dict) -> None:
 def test_draws_follow_the_probabilities() -> None:
     logits = torch.tensor([0.1, 0.0, 0.6, 0.3]).log().expand(1000, -1)
     uniform = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
-    token, logprob = _draw(logits, uniform, _Settings(1, 1.0, 1.0, 1, 0))
+    token, logprob = draw(logits, uniform, Settings(1, 1.0, 1.0, 1, 0))
     assert torch.bincount(token, minlength=4).tolist() == [100, 0, 600, 300]
     assert torch.allclose(logprob.exp(), torch.tensor([0.1, 0.0, 0.6, 0.3])[token])
 
@@ -216,10 +184,10 @@ def test_draws_follow_the_probabilities() -> None:
 @pytest.mark.parametrize("uniform", [0.0, 1 - 2**-53])
 def test_the_ends_of_the_unit_interval_draw_possible_tokens(uniform: float) -> None:
     logits = torch.tensor([[-torch.inf, 0.0, 0.0, -torch.inf]])
-    token, _ = _draw(logits, torch.tensor([uniform], dtype=torch.float64), _Settings(1, 1.0, 1.0, 1, 0))
+    token, _ = draw(logits, torch.tensor([uniform], dtype=torch.float64), Settings(1, 1.0, 1.0, 1, 0))
     assert int(token) in (1, 2)
 
 
 def test_the_nucleus_keeps_the_likeliest_tokens_that_reach_top_p() -> None:
-    assert torch.allclose(_nucleus(torch.tensor([[0.1, 0.5, 0.4]]), 0.5), torch.tensor([[0.0, 0.5, 0.0]]))
-    assert torch.allclose(_nucleus(torch.tensor([[0.1, 0.5, 0.4]]), 0.6), torch.tensor([[0.0, 0.5, 0.4]]))
+    assert torch.allclose(nucleus(torch.tensor([[0.1, 0.5, 0.4]]), 0.5), torch.tensor([[0.0, 0.5, 0.0]]))
+    assert torch.allclose(nucleus(torch.tensor([[0.1, 0.5, 0.4]]), 0.6), torch.tensor([[0.0, 0.5, 0.4]]))

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from types import MethodType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +49,7 @@ def attention(
     attention_mask: Tensor | None,
     *,
     layout: tuple[GroupLayout, ...] | None = None,
-    prompts: SharedPrompts | None = None,
+    prompts: Prompts | None = None,
     dropout: float = 0.0,
     scaling: float | None = None,
     **kwargs: Any,
@@ -274,6 +274,14 @@ def _view(group: GroupLayout, heads: int, key_heads: int, device: torch.device) 
 # ---------------------------------------------------------------- decoding
 
 
+class Prompts(Protocol):
+    """What the rows of a decoding step share."""
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, *, layer: int, scale: float) -> Tensor:
+        """[R, H, 1, D] of one decoding step; `key` and `value` [R, K, t, D] are what each row has added to its prompt."""
+        ...
+
+
 class SharedPrompts:
     """The keys and values of prefilled prompts, read by all rows that go on from them; no gradient."""
 
@@ -359,14 +367,14 @@ class _Attended:
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float, *, causal: bool, bias: Tensor | None = None) -> _Attended:
-    """`bias` is added to the scores; on a CPU only."""
+    """`bias` is added to the scores, and goes without `causal`."""
     aten = torch.ops.aten
     if query.device.type == "cpu":
         bias = None if bias is None else bias.to(query.dtype)
         out, lse = aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, causal, attn_mask=bias, scale=scale)
         return _Attended(out, lse)
     if bias is not None:
-        raise ValueError("prompts of different lengths cannot share a decoding step on this device")
+        return attend_written_out(query, key, value, scale, bias)
     if query.dtype in (torch.float16, torch.bfloat16):
         out, lse, starts_q, starts_k, longest_q, longest_k, seed, offset, _ = aten._scaled_dot_product_flash_attention(
             query, key, value, 0.0, causal, False, scale=scale
@@ -375,6 +383,13 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float, *, causal: 
     out, lse, seed, offset = aten._scaled_dot_product_efficient_attention(query, key, value, None, True, 0.0, causal, scale=scale)
     # This kernel rounds the length of its log-sum-exp up to whole blocks.
     return _Attended(out, lse[..., : query.shape[2]], (lse.shape[-1], seed, offset))
+
+
+def attend_written_out(query: Tensor, key: Tensor, value: Tensor, scale: float, bias: Tensor) -> _Attended:
+    """Attention in float32 without a kernel of its own, where none takes a bias and gives its log-sum-exp; no gradient."""
+    with torch.autocast(query.device.type, enabled=False):
+        scores = torch.add(bias, query.float() @ key.float().transpose(-1, -2), alpha=scale)
+        return _Attended((scores.softmax(-1) @ value.float()).to(query.dtype), scores.logsumexp(-1))
 
 
 def _differentiate(
