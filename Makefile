@@ -7,7 +7,7 @@ PIP_FLAGS ?=
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format docs clean
+.PHONY: help install demo results ablations test check format docs clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -23,6 +23,12 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 demo: $(INSTALLED) ## run every stage with the tiny model, from simulated world to report
 	$(BIN)/polyground run recipes/tiny.yaml
+
+results: $(INSTALLED) ## the figure on three seeds, into docs/results (hours; goes on where it stopped)
+	$(BIN)/polyground results recipes/results.yaml
+
+ablations: $(INSTALLED) ## what each part of the figure buys, into docs/results (many hours; goes on where it stopped)
+	$(BIN)/polyground results recipes/ablations.yaml
 
 test: $(INSTALLED) ## run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)

@@ -18,6 +18,7 @@ from polyground.answer import (
     Answer,
     Located,
     Unreadable,
+    answers_directly,
     follows_contract,
     read_answer,
     reasoning_of,
@@ -282,6 +283,26 @@ def test_a_degenerate_loop_is_read_in_no_time(piece: str) -> None:
 )
 def test_the_contract_is_one_thought_and_one_answer(text: str, expected: bool) -> None:
     assert follows_contract(text) is expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("<answer>B</answer>", True),
+        (" <answer>[]</answer>\n", True),
+        ("<think>a</think><answer>B</answer>", False),
+        ("so <answer>B</answer>", False),
+        ("<answer>B</answer><answer>B</answer>", False),
+        ("<answer>B", False),
+    ],
+)
+def test_a_direct_answer_is_one_answer_block_and_nothing_else(text: str, expected: bool) -> None:
+    assert answers_directly(text) is expected
+
+
+def test_a_completion_without_a_thought_is_a_direct_answer() -> None:
+    assert answers_directly(write_completion(None, GOOD, TWO))
+    assert read_answer(write_completion(None, GOOD, TWO), TWO) == GOOD
 
 
 @pytest.mark.parametrize("image", [None, 0, 3])

@@ -14,8 +14,9 @@ from polyground.config import GrpoConfig, Recipe, RewardConfig, dump_recipe, loa
 from polyground.errors import ConfigError
 
 RECIPES = Path(__file__).parents[1] / "recipes"
-SHIPPED = sorted(set(RECIPES.glob("*.yaml")) - {RECIPES / "tiny-base.yaml"})
-"""`tiny-base.yaml` belongs to `pretrain`, which has keys of its own."""
+NO_RECIPES = {RECIPES / name for name in ("tiny-base.yaml", "results.yaml", "ablations.yaml")}
+"""`tiny-base.yaml` belongs to `pretrain`, the others to `results`; they have keys of their own."""
+SHIPPED = sorted(set(RECIPES.glob("*.yaml")) - NO_RECIPES)
 
 
 @pytest.fixture
@@ -225,3 +226,8 @@ def test_every_knob_is_explained(section: type[BaseModel]) -> None:
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_every_shipped_recipe_is_valid(path: Path) -> None:
     load_recipe(path)
+
+
+def test_a_study_is_not_taken_for_a_recipe() -> None:
+    with pytest.raises(ConfigError, match="polyground results"):
+        load_recipe(RECIPES / "results.yaml")

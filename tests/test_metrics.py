@@ -5,7 +5,15 @@ import numpy as np
 import pytest
 
 from polyground.errors import DataError
-from polyground.metrics import paired_difference, pass_rates, summarize
+from polyground.metrics import (
+    across_seeds,
+    difference_across_seeds,
+    outcomes,
+    paired_difference,
+    pass_rates,
+    pooled,
+    summarize,
+)
 from polyground.records import Completion, Rollout, Score
 
 
@@ -164,3 +172,91 @@ def test_a_bootstrap_in_pieces_is_as_wide_as_one_at_once() -> None:
     share = summarize(many("region", [1.0] * 12_000 + [0.0] * 8_000), bootstrap=120).macro.accuracy[0.5]
     half_width = 1.96 * (0.6 * 0.4 / 20_000) ** 0.5
     assert share.high - share.low == pytest.approx(2 * half_width, rel=0.3)
+
+
+# ---- over seeds
+
+A, B = {"find": {"1": 1.0, "2": 0.0}, "track": {"3": 1.0}}, {"find": {"1": 0.0, "2": 0.0}, "track": {"3": 1.0}}
+"""Two runs on the same three questions: macro averages 0.75 and 0.5."""
+
+
+def test_outcomes_are_told_by_task_and_question() -> None:
+    rows = [*many("find", [0.5, 0.4]), rollout("find1", 0.9, task="find", sample=1), *many("diff", [0.7])]
+    assert outcomes(rows) == {"diff": {"diff0": 1.0}, "find": {"find0": 1.0, "find1": 0.5}}
+    assert outcomes(rows, threshold=0.6)["find"] == {"find0": 0.0, "find1": 0.5}
+
+
+def test_every_seed_weighs_the_same_and_keeps_its_own_value() -> None:
+    table = across_seeds([A, B], bootstrap=50)
+    assert table.macro.seeds == (0.75, 0.5)
+    assert table.macro.mean.value == 0.625
+    assert table.macro.deviation == pytest.approx(0.25 / 2**0.5)
+    assert (table.tasks["find"].mean.value, table.tasks["track"].mean.value, table.examples) == (0.25, 1.0, 3)
+    told = json.loads(json.dumps(table.to_json()))
+    assert (told["macro"]["min"], told["macro"]["max"], told["macro"]["seeds"]) == (0.5, 0.75, [0.75, 0.5])
+
+
+def test_a_single_seed_has_no_deviation_and_the_interval_of_its_questions() -> None:
+    values = [1.0] * 60 + [0.0] * 40
+    alone = across_seeds([{"region": {f"region{n}": value for n, value in enumerate(values)}}], bootstrap=500).macro
+    share = summarize(many("region", values), bootstrap=500).macro.accuracy[0.5]
+    assert alone.deviation is None
+    assert alone.mean.value == share.value
+    # The same stream draws questions, which stand in another order here.
+    assert (alone.mean.low, alone.mean.high) == pytest.approx((share.low, share.high), abs=0.03)
+
+
+def test_an_interval_covers_other_questions_as_well_as_other_seeds() -> None:
+    def run(values: Sequence[float]) -> dict[str, dict[str, float]]:
+        return {"find": {str(n): value for n, value in enumerate(values)}}
+
+    only_seeds = across_seeds([run([0.0] * 50), run([1.0] * 50)], bootstrap=400).macro.mean
+    assert (only_seeds.low, only_seeds.value, only_seeds.high) == (0.0, 0.5, 1.0)
+    halves = [1.0, 0.0] * 50
+    only_questions = across_seeds([run(halves), run(halves)], bootstrap=4000).macro.mean
+    half_width = 1.96 * (0.25 / 100) ** 0.5
+    # Seeds that agree on every question add no information about the questions: the interval is that of one run.
+    assert only_questions.low == pytest.approx(0.5 - half_width, abs=0.015)
+    assert only_questions.high == pytest.approx(0.5 + half_width, abs=0.015)
+
+
+def test_a_difference_is_paired_by_seed_and_question() -> None:
+    table = difference_across_seeds([B, A], [A, A], bootstrap=50)
+    assert table.macro.seeds == (0.25, 0.0)
+    assert table.tasks["find"].mean.value == 0.25
+    # A model that gains the same on every question under every seed has no interval, however hard the questions are.
+    first = [{"find": {str(n): (n % 2) / 2 for n in range(40)}}] * 2
+    second = [{"find": {key: value + 0.5 for key, value in run["find"].items()}} for run in first]
+    gain = difference_across_seeds(first, second, bootstrap=100).macro.mean
+    assert (gain.low, gain.value, gain.high) == (0.5, 0.5, 0.5)
+
+
+def test_without_draws_the_interval_over_seeds_is_the_mean() -> None:
+    mean = across_seeds([A, B], bootstrap=0).macro.mean
+    assert mean.low == mean.value == mean.high == 0.625
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        pytest.param({"find": A["find"]}, id="a-task-is-missing"),
+        pytest.param({**A, "track": {"4": 1.0}}, id="another-question"),
+        pytest.param({**A, "find": {"1": 1.0}}, id="a-question-is-missing"),
+    ],
+)
+def test_seeds_and_models_on_other_questions_are_refused(other: dict[str, dict[str, float]]) -> None:
+    with pytest.raises(DataError, match="the same questions"):
+        across_seeds([A, other])
+    with pytest.raises(DataError, match="the same questions"):
+        difference_across_seeds([A], [other])
+
+
+def test_no_runs_have_no_mean() -> None:
+    with pytest.raises(DataError, match="no outcomes"):
+        across_seeds([])
+
+
+def test_a_pool_makes_a_task_of_each_split() -> None:
+    together = across_seeds([pooled({"ood_a": A, "ood_b": {"find": {"1": 0.0}}})], bootstrap=0)
+    assert list(together.tasks) == ["ood_a", "ood_b"]
+    assert together.macro.mean.value == pytest.approx((2 / 3 + 0) / 2)

@@ -137,6 +137,18 @@ def test_a_named_wrong_image_scores_nothing_even_by_the_lenient_rule() -> None:
     assert Scorer([]).score(said((1, LEFT_MILLE)), ONE, GRIDS).iou == 0.0
 
 
+def test_without_reasoning_the_form_asked_for_is_the_answer_alone() -> None:
+    thought, direct = said((2, TOP_MILLE)), said((2, TOP_MILLE)).removeprefix(THINK)
+    for reasoning, rewarded in ((True, thought), (False, direct)):
+        scorer = Scorer([Spec("format"), Spec("iou")], reasoning=reasoning)
+        forms = {text: scorer.score(text, ONE, GRIDS).parts for text in (thought, direct)}
+        assert {text: parts["format"] for text, parts in forms.items()} == {
+            thought: float(rewarded == thought),
+            direct: float(rewarded == direct),
+        }
+        assert forms[thought]["iou"] == forms[direct]["iou"] == pytest.approx(1 / 3)
+
+
 def test_total_is_the_weighted_sum_of_the_parts_and_the_parts_are_unweighted() -> None:
     score = Scorer([Spec("iou", 0.8), Spec("format", 0.2)]).score(said((2, TOP_MILLE)), ONE, GRIDS)
     assert score.parts == pytest.approx({"iou": 1 / 3, "format": 1.0})

@@ -63,6 +63,7 @@ _CHOICE = re.compile(r"\(?([A-Z])\)?\.?")
 _THOUGHT = re.compile(r"<think>(?:(?!<think>).)*?</think>", re.DOTALL)
 _UNTAGGED = r"(?:(?!</?think>|</?answer>).)"
 _CONTRACT = re.compile(rf"\s*<think>({_UNTAGGED}+)</think>\s*<answer>({_UNTAGGED}*)</answer>\s*", re.DOTALL)
+_DIRECT = re.compile(rf"\s*<answer>{_UNTAGGED}*</answer>\s*", re.DOTALL)
 
 
 def spoken(text: str) -> str:
@@ -96,9 +97,10 @@ def _row(located: Located, grids: Sequence[Grid]) -> dict[str, Any]:
     return row if located.confidence == 1 else {**row, "confidence": located.confidence}
 
 
-def write_completion(think: str, answer: Answer, grids: Sequence[Grid]) -> str:
-    """A whole completion in the trained contract."""
-    return f"<think>{think}</think><answer>{write_answer(answer, grids)}</answer>"
+def write_completion(think: str | None, answer: Answer, grids: Sequence[Grid]) -> str:
+    """A whole completion in the trained contract; None leaves the think block out."""
+    thought = "" if think is None else f"<think>{think}</think>"
+    return f"{thought}<answer>{write_answer(answer, grids)}</answer>"
 
 
 def reasoning_of(text: str) -> str | None:
@@ -110,6 +112,11 @@ def reasoning_of(text: str) -> str | None:
 def follows_contract(text: str) -> bool:
     """True when the whole text is one non-empty think block and one answer block, nothing before, between or after."""
     return bool(reasoning_of(text))
+
+
+def answers_directly(text: str) -> bool:
+    """True when the whole text is one answer block: the contract of a model that is taught not to reason."""
+    return _DIRECT.fullmatch(text) is not None
 
 
 def read_answer(text: str, grids: Sequence[Grid], *, native: str | None = None) -> Answer | Unreadable:

@@ -38,6 +38,7 @@ TOOLS = {
     "validate": "check a data set or a recipe before training: rows, images, boxes, leakage, tokens, memory",
     "check-coords": "draw the truth after a round trip through prompt, grid and parser",
     "score": "score a benchmark's responses, whoever made them",
+    "results": "run a study (a recipe over seeds and arms) and write the tables that say what each stage buys",
 }
 """Verbs that need no recipe: a module of `polyground.stages` with `arguments(parser)` and `run(options)`, which returns text."""
 INTERRUPTED = 130

@@ -10,7 +10,7 @@ import difflib
 import re
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import UnionType
+from types import MappingProxyType, UnionType
 from typing import Any, Literal, Self, Union, get_args, get_origin
 
 import yaml
@@ -94,6 +94,8 @@ class PromptConfig(Section):
 
     instruction: str = "Think first, then answer."
     """Appended to every question; empty for a model whose base never saw an instruction."""
+    reasoning: bool = True
+    """False teaches the answer alone, without what the teacher thought, and the reward `format` then asks for just that."""
 
 
 class RewardConfig(Section):
@@ -257,12 +259,24 @@ class RejectConfig(Section):
         return self
 
 
+def _worth_something(rewards: list[RewardConfig]) -> list[RewardConfig]:
+    if not any(reward.weight > 0 for reward in rewards):
+        raise ValueError("needs at least one reward with a weight above 0")
+    if repeated := sorted({reward.name for reward in rewards if sum(reward.is_like(other) for other in rewards) > 1}):
+        raise ValueError(f"each reward may stand once with the same options; repeated: {', '.join(repeated)}")
+    return rewards
+
+
 PrefixAttention = Literal["auto", "shared", "mask"]
 
 
 class GrpoConfig(TrainingConfig):
     """Reinforcement learning from rule rewards, one group of completions per question."""
 
+    start: Literal["sft", "base"] = "sft"
+    """The model it starts from, which rejection sampling then samples too; `base` goes without a cold start."""
+    rewards: list[RewardConfig] | None = None
+    """What RL alone is rewarded for, where that is to differ from the recipe's one score; null for no difference."""
     learning_rate: float = Field(default=1e-5, gt=0, le=1)
     """Peak learning rate of the LoRA weights; 1e-5 is VLM-R1's LoRA recipe."""
     max_steps: int = Field(default=200, ge=-1)
@@ -300,6 +314,11 @@ class GrpoConfig(TrainingConfig):
     """Host memory, per process, for image features kept from one pass over the questions to the next; 0 keeps none. A prompt
     found there (by the bytes of its images, its text and the pixel budget) is neither decoded nor given to the vision tower."""
 
+    @field_validator("rewards")
+    @classmethod
+    def _are_worth_something(cls, value: list[RewardConfig] | None) -> list[RewardConfig] | None:
+        return None if value is None else _worth_something(value)
+
     @field_validator("scale_rewards", mode="before")
     @classmethod
     def _reads_booleans(cls, value: object) -> object:
@@ -334,6 +353,11 @@ class EvaluateConfig(Section):
     """Ask every multiple choice once per rotation of its choices; it is right only when all are right."""
     compat: str | None = None
     """Tell a peer's quirk beside the headline of the benchmarks that know it, such as `migician-stretch`."""
+    models: list[Literal["base", "sft", "rl"]] | None = Field(default=None, min_length=1)
+    """Which models answer, as far as they exist; null for all."""
+    splits: list[str] | None = Field(default=None, min_length=1)
+    """What is answered: names of splits, or of their groups (`test`, `ood`, `perception`); null for these three. Choices
+    between settings are made on `[validation]`."""
 
     @field_validator("ious")
     @classmethod
@@ -354,6 +378,9 @@ class ReportConfig(Section):
     """Longer side of a gallery image, in pixels."""
 
 
+Verb = Literal["world", "synthesize", "sft", "merge", "reject", "grpo", "evaluate", "report"]
+
+
 class Recipe(Section):
     """A whole run: what `polyground run RECIPE` does, and what each stage reads its section from."""
 
@@ -363,6 +390,11 @@ class Recipe(Section):
     """Folder that holds one folder per stage; a relative path starts at the working directory."""
     seed: int = Field(default=0, ge=0)
     """The same seed gives the same rows."""
+    stages: list[Verb] | None = Field(default=None, min_length=1)
+    """What `run` does, in order; null for the whole figure."""
+    reuse: list[Path] = []
+    """Folders of other runs. A stage that one of them has finished under the very same configuration and inputs is taken over
+    from there (by hard links, so that it costs neither time nor space) instead of being done again."""
     model: ModelConfig = ModelConfig()
     world: WorldConfig = WorldConfig()
     data: DataConfig = DataConfig()
@@ -384,11 +416,7 @@ class Recipe(Section):
     @field_validator("rewards")
     @classmethod
     def _are_worth_something(cls, value: list[RewardConfig]) -> list[RewardConfig]:
-        if not any(reward.weight > 0 for reward in value):
-            raise ValueError("needs at least one reward with a weight above 0")
-        if repeated := sorted({reward.name for reward in value if sum(reward.is_like(other) for other in value) > 1}):
-            raise ValueError(f"each reward may stand once with the same options; repeated: {', '.join(repeated)}")
-        return value
+        return _worth_something(value)
 
 
 def load_recipe(path: Path | str, overrides: Sequence[str] = (), *, section: str | None = None) -> Recipe:
@@ -398,7 +426,9 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = (), *, section: str
     no dashes. A bare key is looked up in the recipe first, then in `section` (the verb). Values are YAML. Raises ConfigError.
     """
     path = Path(path)
-    tree = _read_yaml(path)
+    tree = read_yaml(path)
+    if "arms" in tree:
+        raise ConfigError(f"{path}: is a study of several runs, not a recipe; run `polyground results {path}`")
     overridden: dict[tuple[str | int, ...], str] = {}
     for key, value in _split_overrides(overrides):
         where = _resolve(key, section)
@@ -407,7 +437,7 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = (), *, section: str
     try:
         return Recipe.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(_explain(error, path, overridden)) from error
+        raise ConfigError(explain(error, path, Recipe, overridden)) from error
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -438,11 +468,12 @@ for _side in (_Loader, _Dumper):
     _side.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path, what: str = "recipe") -> dict[str, Any]:
+    """The mapping in a YAML file; an empty file is an empty one. Raises ConfigError, with `what` for what it should hold."""
     try:
         tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506 - a SafeLoader
     except FileNotFoundError as error:
-        raise ConfigError(f"{path}: no such recipe; the ones that come with the project are in recipes/") from error
+        raise ConfigError(f"{path}: no such {what}; the ones that come with the project are in recipes/") from error
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); name a YAML file you may read") from error
     except (UnicodeDecodeError, yaml.YAMLError) as error:
@@ -450,7 +481,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if tree is None:
         return {}
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: a recipe is a mapping of sections; this file holds a {type(tree).__name__}")
+        raise ConfigError(f"{path}: a {what} is a mapping of sections; this file holds a {type(tree).__name__}")
     return tree
 
 
@@ -528,18 +559,24 @@ def _place(tree: dict[str, Any], where: tuple[str | int, ...], value: Any, key: 
             here = here[part]
 
 
-def _explain(error: ValidationError, path: Path, overridden: Mapping[tuple[str | int, ...], str]) -> str:
-    """One line per mistake: place, key, value, remedy."""
+def explain(
+    error: ValidationError,
+    path: Path,
+    section: type[Section],
+    overridden: Mapping[tuple[str | int, ...], str] = MappingProxyType({}),
+) -> str:
+    """One line per mistake in a file that was to hold this section: place, key, value, remedy."""
+    what = section.__name__.lower()
     lines = []
     for problem in error.errors(include_url=False):
         where = problem["loc"]
         origin = next((f"--{key}" for place, key in overridden.items() if place[: len(where)] == where[: len(place)]), str(path))
-        dotted = ".".join(map(str, where)) or "recipe"
+        dotted = ".".join(map(str, where)) or what
         if problem["type"] == "extra_forbidden":
-            siblings = _fields_at(where[:-1])
-            parent = ".".join(map(str, where[:-1])) or "a recipe"
+            siblings = _fields_at(section, where[:-1])
+            parent = ".".join(map(str, where[:-1])) or f"a {what}"
             nearby = [".".join(map(str, (*where[:-1], sibling))) for sibling in siblings]
-            hint = _nearest(dotted, nearby) or _nearest(str(where[-1]), _dotted_keys())
+            hint = _nearest(dotted, nearby) or _nearest(str(where[-1]), _dotted_keys() if section is Recipe else [])
             lines.append(f"{origin}: {dotted} is not a known key{hint or f'; {parent} knows ' + ', '.join(siblings)}")
             continue
         message = problem["msg"].removeprefix("Value error, ")
@@ -555,9 +592,9 @@ def _value(value: object) -> str:
     return f" = {text if len(text) <= 80 else text[:77] + '...'}"
 
 
-def _fields_at(where: Sequence[str | int]) -> list[str]:
-    """Known keys of the section at a path of the recipe."""
-    model: type[BaseModel] = Recipe
+def _fields_at(section: type[Section], where: Sequence[str | int]) -> list[str]:
+    """Known keys of the section at a path of another."""
+    model: type[BaseModel] = section
     for part in where:
         if isinstance(part, int):
             continue

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -18,9 +19,11 @@ from polyground.errors import DataError
 from polyground.geometry import reaches
 from polyground.records import Rollout
 
-# Shapes: B bootstrap draws, N examples of one task, K measures.
+# Shapes: B bootstrap draws, N examples of one task, K measures, S seeds, T tasks.
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
+
+Counts = np.ndarray[Any, np.dtype[np.signedinteger[Any]]]
 
 _DRAWN = 1 << 20
 """Examples drawn at once: bounds the memory of a bootstrap."""
@@ -137,6 +140,42 @@ class Difference:
         }
 
 
+Outcomes = Mapping[str, Mapping[str, float]]
+"""How right one model was, question by question: by task, then by example key, in [0, 1]; or the difference of two models."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AcrossSeeds:
+    """A mean over the runs of several seeds, with the interval over questions and seeds, and each run's own value."""
+
+    mean: Estimate
+    seeds: tuple[float, ...]
+    """In the order the runs were given."""
+
+    @property
+    def deviation(self) -> float | None:
+        """Standard deviation of the runs (over n - 1); None for a single one."""
+        return float(np.std(self.seeds, ddof=1)) if len(self.seeds) > 1 else None
+
+    def to_json(self) -> dict[str, Any]:
+        spread = {"min": min(self.seeds), "max": max(self.seeds), "deviation": self.deviation}
+        return {**self.mean.to_json(), **spread, "seeds": list(self.seeds)}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AcrossTable:
+    """One split over several seeds: each task, and their macro average."""
+
+    macro: AcrossSeeds
+    tasks: dict[str, AcrossSeeds]
+    """In alphabetical order."""
+    examples: int
+
+    def to_json(self) -> dict[str, Any]:
+        tasks = {task: found.to_json() for task, found in self.tasks.items()}
+        return {"examples": self.examples, "macro": self.macro.to_json(), "tasks": tasks}
+
+
 def summarize(
     rollouts: Iterable[Rollout],
     *,
@@ -212,6 +251,91 @@ def paired_difference(
     )
 
 
+def outcomes(rollouts: Iterable[Rollout], *, threshold: float = 0.5) -> dict[str, dict[str, float]]:
+    """What `across_seeds` reads: by task and key, the share of an example's samples that reach this IoU (or the right letter)."""
+    means = _example_means(rollouts, lambda rollout: float(reaches(rollout.score.iou, threshold)))
+    told: dict[str, dict[str, float]] = {}
+    for task, key in sorted(means):
+        told.setdefault(task, {})[key] = means[task, key]
+    return told
+
+
+def across_seeds(runs: Sequence[Outcomes], *, bootstrap: int = 1000, seed: int = 0) -> AcrossTable:
+    """Runs of the same recipe under several seeds, each on the same questions: the mean over seeds, tasks and questions.
+
+    With y[s,t,i] the outcome of question i of task t in run s, the value is mean_s mean_t mean_i y. A draw of the bootstrap
+    takes S runs and, within each task, N questions, both with replacement; the questions drawn are the same for every run, as
+    the runs share them: mean_k mean_t mean_j y[s(k),t,i(t,j)]. So an interval covers both what other questions and what other
+    seeds would have given. With few runs it is somewhat too narrow in the latter: a bootstrap of S runs sees (S - 1) / S of
+    their variance; with one run it is the interval over questions alone.
+    """
+    if not runs or not runs[0]:
+        raise DataError("no outcomes to average; run `evaluate` first")
+    names = sorted(runs[0])
+    values: dict[str, Array] = {}
+    for task in names:
+        keys = sorted(runs[0][task])
+        for run in runs[1:]:
+            if run.keys() != runs[0].keys() or run[task].keys() != runs[0][task].keys():
+                raise DataError(
+                    f"the runs did not answer the same questions (task {task!r}); every seed needs the same test splits: "
+                    "evaluate all runs with one and the same `world` and `data`"
+                )
+        values[task] = np.array([[run[task][key] for run in runs] for key in keys], dtype=float)
+    picks_BS = _seed_picks(len(runs), draws=bootstrap, seed=seed)
+    # Every run is a column of the same table, so that a draw of questions is a draw for all of them.
+    draws = {task: _bootstrap_means(values[task], draws=bootstrap, seed=seed, name=task) for task in names}
+    means = {task: values[task].mean(axis=0) for task in names}
+    macro_S = np.mean(np.stack([means[task] for task in names]), axis=0)
+    macro_BS = np.mean(np.stack([draws[task] for task in names]), axis=0)
+    return AcrossTable(
+        macro=_across(macro_S, macro_BS, picks_BS),
+        tasks={task: _across(means[task], draws[task], picks_BS) for task in names},
+        examples=sum(len(values[task]) for task in names),
+    )
+
+
+def difference_across_seeds(
+    first: Sequence[Outcomes], second: Sequence[Outcomes], *, bootstrap: int = 1000, seed: int = 0
+) -> AcrossTable:
+    """How much better the second model is, run by run and question by question: `across_seeds` of second minus first.
+
+    Run k of both is of the same seed. Pairing takes out what questions and seeds have in common.
+    """
+    if len(first) != len(second):
+        raise ValueError(f"needs as many runs of the first model as of the second; got {len(first)} and {len(second)}")
+    deltas = []
+    for a, b in zip(first, second, strict=True):
+        if a.keys() != b.keys() or any(a[task].keys() != b[task].keys() for task in a):
+            raise DataError("the two models were not scored on the same questions; evaluate both on the same splits")
+        deltas.append({task: {key: b[task][key] - a[task][key] for key in a[task]} for task in a})
+    return across_seeds(deltas, bootstrap=bootstrap, seed=seed)
+
+
+def pooled(splits: Mapping[str, Outcomes]) -> dict[str, dict[str, float]]:
+    """Several splits as one, each counting as one task: the macro average is then the mean over splits.
+
+    >>> pooled({"ood_a": {"find": {"1": 1.0}, "track": {"2": 0.0}}})
+    {'ood_a': {'find/1': 1.0, 'track/2': 0.0}}
+    """
+    return {
+        split: {f"{task}/{key}": value for task, found in told.items() for key, value in found.items()}
+        for split, told in splits.items()
+    }
+
+
+def _seed_picks(seeds: int, *, draws: int, seed: int) -> Counts:
+    """[B, S] which runs a draw takes; the same for every split, so that seeds are drawn alike wherever they are compared."""
+    if draws < 1:
+        return np.arange(seeds)[None, :]
+    return np.random.default_rng([seed, zlib.crc32(b"seeds")]).integers(seeds, size=(draws, seeds))
+
+
+def _across(means_S: Array, draws_BS: Array, picks_BS: Counts) -> AcrossSeeds:
+    draws_B = np.take_along_axis(draws_BS, picks_BS, axis=1).mean(axis=1)
+    return AcrossSeeds(mean=estimate(float(means_S.mean()), draws_B), seeds=tuple(map(float, means_S)))
+
+
 def pass_rates(groups: Iterable[Sequence[Rollout]], *, threshold: float = 0.5) -> dict[str, float]:
     """The share of each group's rollouts that reach this IoU (or the right letter), by example key."""
     rates = {}
@@ -269,16 +393,33 @@ def _bootstrap_means(values_NK: Array, *, draws: int, seed: int, name: str) -> A
     """[B, K] means over resampled examples. Each task has its own stream, so adding a task moves no other interval."""
     if draws < 1:
         return _nan_mean(values_NK)[None, :]
+    unknown_NK, filled_NK = np.isnan(values_NK), np.nan_to_num(values_NK)
+    counts: Iterable[Counts] = _drawn_counts(len(values_NK), draws, seed, name)
+    if draws * len(values_NK) <= _DRAWN:
+        counts = [_counts(len(values_NK), draws, seed, name)]
+    means = []
+    for counts_BN in counts:
+        times_BN = counts_BN.astype(float)
+        sums_BK = times_BN @ filled_NK
+        known = times_BN @ (~unknown_NK).astype(float) if unknown_NK.any() else np.full_like(sums_BK, len(values_NK))
+        means.append(_ratio(sums_BK, known))
+    return np.concatenate(means)
+
+
+@lru_cache(maxsize=256)
+def _counts(examples: int, draws: int, seed: int, name: str) -> Counts:
+    """The same draws serve every model and every arm of a study."""
+    return next(_drawn_counts(examples, draws, seed, name)).astype(np.int16)
+
+
+def _drawn_counts(examples: int, draws: int, seed: int, name: str) -> Iterator[Counts]:
+    """[B, N] how often each draw has each example, so many draws at once as fit."""
     rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
-    examples = len(values_NK)
-    known_NK, filled_NK = (~np.isnan(values_NK)).astype(float), np.nan_to_num(values_NK)
-    means, step = [], max(1, _DRAWN // examples)
+    step = max(1, _DRAWN // examples)
     for start in range(0, draws, step):
         few = min(step, draws - start)
         drawn_BN = rng.integers(examples, size=(few, examples)) + examples * np.arange(few)[:, None]
-        counts_BN = np.bincount(drawn_BN.ravel(), minlength=few * examples).reshape(few, examples).astype(float)
-        means.append(_ratio(counts_BN @ filled_NK, counts_BN @ known_NK))
-    return np.concatenate(means)
+        yield np.bincount(drawn_BN.ravel(), minlength=few * examples).reshape(few, examples)
 
 
 def estimate(value: float, draws_B: Array) -> Estimate:

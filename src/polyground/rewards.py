@@ -23,7 +23,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
 
-from polyground.answer import NATIVE_READERS, Answer, Located, Unreadable, follows_contract, read_answer
+from polyground.answer import NATIVE_READERS, Answer, Located, Unreadable, answers_directly, follows_contract, read_answer
 from polyground.errors import ConfigError, DataError
 from polyground.geometry import FULL_IMAGE, Grid, iou, match_boxes, reaches
 from polyground.records import Completion, Example, Score
@@ -35,7 +35,8 @@ class Reading:
 
     answer: Answer | Unreadable
     follows_contract: bool
-    """The whole text is one think block and one answer block, and the answer is readable."""
+    """The whole text is one think block and one answer block (without reasoning: the latter alone), and the answer is
+    readable."""
     outcome: float
     """1 or 0 for a multiple choice (the right letter or not); for grounding the same as `iou`."""
     iou: float
@@ -66,12 +67,15 @@ class Reading:
         return isinstance(self.answer, Answer) and self.answer.choice is None
 
 
-def read(completion: Completion, example: Example, grids: Sequence[Grid], native: str | None = None) -> Reading:
+def read(
+    completion: Completion, example: Example, grids: Sequence[Grid], native: str | None = None, *, reasoning: bool = True
+) -> Reading:
     """Read and match one completion; `grids` has one entry per image of the example."""
     if len(grids) != len(example.images):
         raise DataError(f"example {example.key}: {len(example.images)} images but {len(grids)} grids; pass one grid per image")
     answer = read_answer(completion.text, grids, native=native)
-    contract = isinstance(answer, Answer) and follows_contract(completion.text)
+    keeps_form = follows_contract if reasoning else answers_directly
+    contract = isinstance(answer, Answer) and keeps_form(completion.text)
     gold = example.target.boxes
     predicted = answer.boxes if isinstance(answer, Answer) else ()
     if len(example.images) == 1:
@@ -273,11 +277,15 @@ class _Part:
 class Scorer:
     """The one scorer: every reward of a recipe, each checked for its name and options when built."""
 
-    def __init__(self, rewards: Sequence[RewardSpec], *, native: str | None = None) -> None:
-        """`native` names the form an untrained family answers in (`answer.NATIVE_READERS`); None reads the contract only."""
+    def __init__(self, rewards: Sequence[RewardSpec], *, native: str | None = None, reasoning: bool = True) -> None:
+        """`native` names the form an untrained family answers in (`answer.NATIVE_READERS`); None reads the contract only.
+
+        Without `reasoning` the form asked for is an answer block alone.
+        """
         if native is not None and native not in NATIVE_READERS:
             raise ConfigError(f"native answer form {native!r} is unknown; known: {', '.join(NATIVE_READERS)}")
         self.native = native
+        self.reasoning = reasoning
         self._parts = tuple(
             _Part(label, load_reward(spec.name), float(spec.weight), dict(spec.options))
             for label, spec in zip(_labels(rewards), rewards, strict=True)
@@ -288,7 +296,7 @@ class Scorer:
     def score(self, completion: Completion | str, example: Example, grids: Sequence[Grid]) -> Score:
         """Read once, reward many times; the parts are kept beside their weighted sum. A `str` is a completion's text."""
         completion = Completion(text=completion) if isinstance(completion, str) else completion
-        reading = read(completion, example, grids, self.native)
+        reading = read(completion, example, grids, self.native, reasoning=self.reasoning)
         parts = {part.label: _value(part, reading, example, completion) for part in self._parts}
         return Score(
             total=sum(part.weight * parts[part.label] for part in self._parts),

@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -142,6 +143,41 @@ class Manifest:
 
     def to_json(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self.__slots__}
+
+
+def made_alike(path: Path | str, *, stage: str, config: Mapping[str, Any]) -> bool:
+    """Whether a folder holds this stage, complete and made under this configuration."""
+    if not (Path(path) / MANIFEST).is_file():
+        return False
+    manifest = read_manifest(path)
+    return (manifest.stage, manifest.fingerprint) == (stage, fingerprint(config))
+
+
+def take_over(source: Path | str, target: Path | str) -> None:
+    """A complete folder once more, by hard links (copies where the disk has none); nothing half is ever seen at `target`.
+
+    The files of a complete folder are never written to again, so that two folders may share them.
+    """
+    source, target = Path(source), Path(target)
+    draft = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    with _explained(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(draft, ignore_errors=True)
+        try:
+            shutil.copytree(source, draft, copy_function=_link, ignore=shutil.ignore_patterns(LOCK))
+            draft.rename(target)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+        _sync_folder(target.parent)
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP):
+            raise
+        shutil.copy2(source, target)
 
 
 def read_manifest(path: Path | str) -> Manifest:

@@ -10,19 +10,21 @@ import inspect
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
 
 from polyground.config import DataSource, Recipe
+from polyground.conventions import model_folder
 from polyground.errors import ConfigError, DataError, StorageError
 from polyground.geometry import Grid
 from polyground.imagefile import problem_of
 from polyground.records import Example, Message
 from polyground.sources import ABOUT_ROWS, SOURCES, BadRow, Item, chosen, read_source, scan_source
 from polyground.sources.reading import require_none_bad
-from polyground.storage import MANIFEST, read_manifest
+from polyground.storage import MANIFEST, RunFolder, made_alike, read_manifest, take_over
 from polyground.worlds.build import SCENES, SPLITS, annotation_path
 
 if TYPE_CHECKING:
@@ -63,6 +65,20 @@ def model_path(recipe: Recipe, role: str) -> Path | str:
     return require(recipe, folder)
 
 
+def model_identity(recipe: Recipe) -> dict[str, Any]:
+    """What decides the model to start from. The shipped one is told by its weights: a later version may bring others."""
+    named = recipe.model.to_json()
+    return {**named, "sha256": _weights(model_folder("tiny"))} if recipe.model.path == "tiny" else named
+
+
+@cache
+def _weights(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
 def open_student(recipe: Recipe, role: str) -> Student:
     """Load the model of this role and the recipe's scorer; answers in the family's native form are read as well."""
     from polyground.models import load_model
@@ -78,7 +94,8 @@ def open_student(recipe: Recipe, role: str) -> Student:
         grids = loaded.family.grids(example.images)
         return student_messages(example, grids, instruction=recipe.prompts.instruction), grids
 
-    return Student(sampler=LocalSampler(loaded), ask=ask, scorer=Scorer(recipe.rewards, native=loaded.family.native))
+    scorer = Scorer(recipe.rewards, native=loaded.family.native, reasoning=recipe.prompts.reasoning)
+    return Student(sampler=LocalSampler(loaded), ask=ask, scorer=scorer)
 
 
 def best_device() -> str:
@@ -91,6 +108,35 @@ def best_device() -> str:
 def upstream(recipe: Recipe, *folders: str) -> dict[str, str]:
     """Fingerprints of the stages a stage builds on: part of its own configuration, so that nothing stale is continued."""
     return {folder: read_manifest(require(recipe, folder)).fingerprint for folder in folders}
+
+
+def stage_folder(recipe: Recipe, folder: str, stage: str, identity: Mapping[str, Any]) -> RunFolder:
+    """The folder of a stage, opened; one that a run of `recipe.reuse` has made under the same identity is taken over first."""
+    adopt(recipe, folder, stage, identity)
+    return RunFolder(recipe.out / folder, stage, identity)
+
+
+def adopt(recipe: Recipe, folder: str, stage: str, identity: Mapping[str, Any]) -> None:
+    """Take a stage over from the first run of `recipe.reuse` that has it, where there is nothing of it here yet."""
+    path = recipe.out / folder
+    if path.exists():
+        return
+    made = (run / folder for run in recipe.reuse if made_alike(run / folder, stage=stage, config=identity))
+    source = next(made, None)
+    if source is None:
+        return
+    try:
+        take_over(source, path)
+    except StorageError:
+        # Another process of the same run (torchrun) may have been first.
+        if not made_alike(path, stage=stage, config=identity):
+            raise
+
+
+def start_folders(recipe: Recipe) -> list[str]:
+    """The folder of the model that RL starts from; none for the base, which comes with the recipe."""
+    folder = ROLES[recipe.grpo.start]
+    return [] if folder is None else [folder]
 
 
 def require(recipe: Recipe, folder: str) -> Path:
@@ -122,9 +168,20 @@ def own_splits(recipe: Recipe) -> dict[str, list[DataSource]]:
 
 
 def evaluation_splits(recipe: Recipe) -> list[str]:
-    """Names of the benchmark splits, `test` first, then `ood_…`, then `perception_…`."""
+    """Names of the splits to answer: `test` first, then `ood_…`, then `perception_…`; or what the recipe chooses.
+
+    Raises ConfigError where it chooses a split that it does not have.
+    """
     names = [*own_splits(recipe), *world_splits(recipe)]
-    return [name for group in EVALUATED for name in names if name == group or name.startswith(f"{group}_")]
+    groups = EVALUATED if recipe.evaluate.splits is None else recipe.evaluate.splits
+    found = {group: [name for name in names if name == group or name.startswith(f"{group}_")] for group in groups}
+    missing = [group for group, members in found.items() if not members]
+    if missing and recipe.evaluate.splits is not None:
+        raise ConfigError(
+            f"evaluate.splits: there is no split {missing[0]!r}; the recipe has {', '.join(names) or 'none'}"
+            f" (a split of the simulated world needs a size above 0 in `world`)"
+        )
+    return list(dict.fromkeys(name for members in found.values() for name in members))
 
 
 def read_split(recipe: Recipe, split: str) -> list[Example]:

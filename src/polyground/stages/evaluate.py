@@ -1,8 +1,9 @@
 """Answer every benchmark split with the base, the SFT and the RL model, greedily, and tabulate.
 
 Each model has a folder of its own (`evaluate/base`, `evaluate/sft`, `evaluate/rl`) with the raw responses of every split,
-one `Rollout` a line; `evaluate/results.json` is made from them and from the annotation. A split that is one file of a public
-benchmark is scored by that benchmark's rule and over its rows (`benchmarks`); every other split by the recipe's scorer.
+one `Rollout` a line; `evaluate/results.json` is made from them and from the annotation, and `evaluate/outcomes.json` says
+question by question what was right. A split that is one file of a public benchmark is scored by that benchmark's rule and
+over its rows (`benchmarks`); every other split by the recipe's scorer.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from polyground.detection import require_pycocotools
 from polyground.errors import ConfigError, StorageError
 from polyground.geometry import Grid
 from polyground.imagefile import image_size
-from polyground.metrics import paired_difference, summarize
+from polyground.metrics import outcomes, paired_difference, summarize
 from polyground.prompts import INSTRUCTIONS, PROMPT_VERSION, student_messages
 from polyground.records import Example, Rollout
 from polyground.rollout import Ask, rollout_groups
@@ -38,15 +39,17 @@ from polyground.stages import (
     ROLES,
     benchmark_rows,
     evaluation_splits,
+    model_identity,
     model_path,
     open_student,
     own_splits,
     read_split,
     split_identity,
+    stage_folder,
     track,
     upstream,
 )
-from polyground.storage import RunFolder, atomic_write_json, read_rows
+from polyground.storage import atomic_write_json, read_rows
 
 PAIRS = (("base", "sft"), ("sft", "rl"), ("base", "rl"))
 """Which models are compared: first and second of each difference (second minus first)."""
@@ -63,12 +66,13 @@ class Asked:
 
 
 def run(recipe: Recipe) -> Mapping[str, Any]:
-    """Let every model there is answer every split, then write `results.json`."""
+    """Let every model there is answer every split, then write `outcomes.json` and `results.json`."""
     _require_compat(recipe)
     roles = present_roles(recipe)
     splits = {name: _asked(recipe, name).examples for name in evaluation_splits(recipe)}
     for role in roles:
         _answer_all(recipe, role, splits)
+    atomic_write_json(recipe.out / "evaluate" / "outcomes.json", tell_outcomes(recipe, roles, list(splits)))
     results = tabulate(recipe, roles, list(splits))
     atomic_write_json(recipe.out / "evaluate" / "results.json", results)
     return results
@@ -99,8 +103,12 @@ def _require_compat(recipe: Recipe) -> None:
 
 
 def present_roles(recipe: Recipe) -> list[str]:
-    """The models that exist by now; the base always does."""
-    return [role for role in ROLES if _exists(recipe, role)]
+    """The models that exist by now, of those the recipe wants; the base always does. Raises StorageError when none exists."""
+    wanted = [role for role in ROLES if recipe.evaluate.models is None or role in recipe.evaluate.models]
+    found = [role for role in wanted if _exists(recipe, role)]
+    if not found:
+        model_path(recipe, wanted[0])
+    return found
 
 
 def _exists(recipe: Recipe, role: str) -> bool:
@@ -114,8 +122,8 @@ def _exists(recipe: Recipe, role: str) -> bool:
 def _answer_all(recipe: Recipe, role: str, splits: Mapping[str, Sequence[Example]]) -> None:
     folder_of_model = ROLES[role]
     config = recipe.evaluate
+    # No seed is among it: greedy answers need none.
     identity = {
-        "seed": recipe.seed,
         # Intervals, thresholds and quirks are not among what decides the answers: changing them only makes the tables anew.
         "evaluate": {
             **config.model_dump(include={"max_completion_length", "batch_size", "limit_per_split"}),
@@ -125,11 +133,11 @@ def _answer_all(recipe: Recipe, role: str, splits: Mapping[str, Sequence[Example
         "rewards": [reward.to_json() for reward in recipe.rewards],
         "prompts": recipe.prompts.to_json(),
         "prompt_version": PROMPT_VERSION,
-        "model": recipe.model.to_json(),
+        "model": model_identity(recipe),
         "data": {name: split_identity(recipe, name) for name in splits},
         "inputs": upstream(recipe, folder_of_model) if folder_of_model else {},
     }
-    with RunFolder(recipe.out / "evaluate" / role, "evaluate", identity) as folder:
+    with stage_folder(recipe, f"evaluate/{role}", "evaluate", identity) as folder:
         if folder.complete:
             return
         student = open_student(recipe, role)
@@ -190,6 +198,18 @@ def tabulate(recipe: Recipe, roles: Sequence[str], splits: Sequence[str]) -> dic
             pooled = {role: [_renamed(r, split) for split in members for r in answers[role, split]] for role in roles}
             tables[f"{group} (all)"] = {**_table(recipe, pooled), "pooled": members, **_mean_headline(tables, members, roles)}
     return {"tags": {**_tags(recipe, splits), "models": _told(conventions)}, "models": list(roles), "splits": tables}
+
+
+def tell_outcomes(recipe: Recipe, roles: Sequence[str], splits: Sequence[str]) -> dict[str, Any]:
+    """What `outcomes.json` holds: by split, model, task and question, whether the headline's IoU (or the letter) was reached."""
+    threshold = recipe.evaluate.ious[0]
+    conventions = {role: _convention(recipe, role) for role in roles}
+    told: dict[str, Any] = {}
+    for split in splits:
+        annotation = benchmark_rows(recipe, split)
+        answers = {role: _answers(recipe, role, split, annotation, conventions[role]) for role in roles}
+        told[split] = {role: outcomes(rows, threshold=threshold) for role, rows in answers.items()}
+    return {"iou": threshold, "splits": told}
 
 
 def _mean_headline(tables: Mapping[str, Any], members: Sequence[str], roles: Sequence[str]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Reinforcement learning with rule rewards, from the merged SFT model, on the questions it sometimes gets right."""
+"""Reinforcement learning with rule rewards, from the merged SFT model (or the base), on the questions it sometimes gets right."""
 
 from __future__ import annotations
 
@@ -9,22 +9,23 @@ from polyground.config import Recipe
 from polyground.geometry import Grid
 from polyground.prompts import PROMPT_VERSION, student_messages
 from polyground.records import Example, Message
-from polyground.stages import best_device, model_path, require_images, upstream
-from polyground.storage import RunFolder, read_rows
+from polyground.stages import best_device, model_identity, model_path, require_images, stage_folder, start_folders, upstream
+from polyground.storage import read_rows
 
 
 def run(recipe: Recipe) -> Mapping[str, Any]:
-    """Read the kept questions, train a fresh adapter on the merged SFT model, save it."""
+    """Read the kept questions, train a fresh adapter on the model it starts from, save it."""
+    rewards = recipe.rewards if recipe.grpo.rewards is None else recipe.grpo.rewards
     identity = {
         "seed": recipe.seed,
         "grpo": recipe.grpo.to_json(),
-        "rewards": [reward.to_json() for reward in recipe.rewards],
+        "rewards": [reward.to_json() for reward in rewards],
         "prompts": recipe.prompts.to_json(),
         "prompt_version": PROMPT_VERSION,
-        "model": recipe.model.to_json(),
-        "inputs": upstream(recipe, "reject", "sft-merged"),
+        "model": model_identity(recipe),
+        "inputs": upstream(recipe, "reject", *start_folders(recipe)),
     }
-    with RunFolder(recipe.out / "grpo", "grpo", identity) as folder:
+    with stage_folder(recipe, "grpo", "grpo", identity) as folder:
         if folder.complete:
             return folder.summary
         kept = recipe.out / "reject" / "kept.jsonl"
@@ -36,7 +37,7 @@ def run(recipe: Recipe) -> Mapping[str, Any]:
         from polyground.training.grpo import train_grpo
 
         loaded = load_model(
-            model_path(recipe, "sft"),
+            model_path(recipe, recipe.grpo.start),
             dtype=recipe.model.dtype,
             max_pixels_total=recipe.model.max_pixels_total,
             device=best_device(),
@@ -53,7 +54,7 @@ def run(recipe: Recipe) -> Mapping[str, Any]:
             sampler=LocalSampler,
             ask=ask,
             # The contract only: an answer in the base's native form is what RL is to unlearn.
-            judge=Scorer(recipe.rewards).score,
+            judge=Scorer(rewards, reasoning=recipe.prompts.reasoning).score,
             out=folder.path,
             seed=recipe.seed,
         )

@@ -20,7 +20,7 @@ from polyground.config import Recipe
 from polyground.errors import ModelError, StorageError
 from polyground.models import Loaded, load_model, model_folder, save_processor_files
 from polyground.records import Message
-from polyground.stages import model_path, require, upstream
+from polyground.stages import adopt, model_identity, model_path, require, start_folders, upstream
 from polyground.storage import MANIFEST, RunFolder
 
 ORIGIN = "merged_from.json"
@@ -29,23 +29,23 @@ ORIGIN = "merged_from.json"
 _QUESTION = 'Which image shows the red star? <think>Image 2.</think><answer>[{"image": 2, "bbox_2d": [100, 200, 500, 750]}]'
 
 
-ADAPTERS = {"sft": ("base", "sft-merged"), "grpo": ("sft", "grpo-merged")}
-"""By training stage: the role of the model its adapter was trained on, and the folder the merged model goes to."""
+ADAPTERS = {"sft": "sft-merged", "grpo": "grpo-merged"}
+"""By training stage: the folder that the merged model goes to."""
 
 
 def run(recipe: Recipe) -> dict[str, Any]:
     """Merge each adapter there is into the model it was trained on; raises StorageError when there is none yet."""
-    require(recipe, "sft")
-    return {
-        folder: _merge_stage(recipe, stage, role=role, out=recipe.out / folder)
-        for stage, (role, folder) in ADAPTERS.items()
-        if (recipe.out / stage / MANIFEST).is_file()
-    }
+    there = [stage for stage in ADAPTERS if (recipe.out / stage / MANIFEST).is_file()]
+    if recipe.grpo.start == "sft" or not there:
+        require(recipe, "sft" if recipe.grpo.start == "sft" else "grpo")
+    return {ADAPTERS[stage]: _merge_stage(recipe, stage, out=recipe.out / ADAPTERS[stage]) for stage in there}
 
 
-def _merge_stage(recipe: Recipe, stage: str, *, role: str, out: Path) -> dict[str, Any]:
-    inputs = upstream(recipe, stage) if role == "base" else upstream(recipe, stage, "sft-merged")
-    identity = {"merge": recipe.merge.to_json(), "model": recipe.model.to_json(), "inputs": inputs}
+def _merge_stage(recipe: Recipe, stage: str, *, out: Path) -> dict[str, Any]:
+    role = recipe.grpo.start if stage == "grpo" else "base"
+    inputs = upstream(recipe, stage, *(start_folders(recipe) if stage == "grpo" else ()))
+    identity = {"merge": recipe.merge.to_json(), "model": model_identity(recipe), "inputs": inputs}
+    adopt(recipe, out.name, "merge", identity)
     if not (out / MANIFEST).is_file():
         base, trained = model_path(recipe, role), recipe.out / stage
         if (trained / "model").is_dir():

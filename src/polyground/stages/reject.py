@@ -1,4 +1,4 @@
-"""Sample the merged SFT model several times per question and keep the questions it sometimes gets right.
+"""Sample the model that RL starts from several times per question and keep the questions it sometimes gets right.
 
 `rollouts.jsonl` holds every group (a row is a question and all its completions); `kept.jsonl` the examples for RL, each
 with its `pass_rate`. Scored by the very reward RL will use, so that what is kept is what RL can move.
@@ -17,8 +17,17 @@ from polyground.errors import DataError
 from polyground.prompts import PROMPT_VERSION
 from polyground.records import Completion, Example
 from polyground.rollout import Group, interleave, rollout_groups
-from polyground.stages import open_student, read_split, split_identity, track, upstream
-from polyground.storage import RunFolder, atomic_write_text
+from polyground.stages import (
+    model_identity,
+    open_student,
+    read_split,
+    split_identity,
+    stage_folder,
+    start_folders,
+    track,
+    upstream,
+)
+from polyground.storage import atomic_write_text
 
 
 def run(recipe: Recipe) -> Mapping[str, Any]:
@@ -31,15 +40,15 @@ def run(recipe: Recipe) -> Mapping[str, Any]:
         "rewards": [reward.to_json() for reward in recipe.rewards],
         "prompts": recipe.prompts.to_json(),
         "prompt_version": PROMPT_VERSION,
-        "model": recipe.model.to_json(),
+        "model": model_identity(recipe),
         "data": split_identity(recipe, "rl"),
-        "inputs": upstream(recipe, "sft-merged"),
+        "inputs": upstream(recipe, *start_folders(recipe)),
     }
-    with RunFolder(recipe.out / "reject", "reject", identity) as folder:
+    with stage_folder(recipe, "reject", "reject", identity) as folder:
         if folder.complete:
             return folder.summary
         done = folder.done_keys("rollouts.jsonl")
-        student = open_student(recipe, "sft")
+        student = open_student(recipe, recipe.grpo.start)
         groups = rollout_groups(
             examples,
             sampler=student.sampler,

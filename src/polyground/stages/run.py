@@ -23,7 +23,7 @@ from polyground.imagefile import image_size
 from polyground.memory import Prompts, describe, grpo_memory, model_size, sft_memory
 from polyground.prompts import student_messages
 from polyground.records import Example
-from polyground.stages import evaluation_splits, own_splits, scan_file, split_files, world_splits
+from polyground.stages import evaluation_splits, own_splits, scan_file, split_files, start_folders, world_splits
 from polyground.storage import MANIFEST, atomic_write_json, read_json, read_manifest
 from polyground.tokens import PromptCounter
 from polyground.worlds.build import SPLITS
@@ -39,11 +39,13 @@ def run(recipe: Recipe) -> Mapping[str, Any]:
     console = Console(stderr=True)
     times = _Times(recipe.out / "times.json")
     report: Any = None
-    for number, verb in enumerate(FIGURE, start=1):
-        console.rule(f"[bold]{number}/{len(FIGURE)} {verb}", align="left")
+    verbs = recipe.stages or FIGURE
+    for number, verb in enumerate(verbs, start=1):
+        console.rule(f"[bold]{number}/{len(verbs)} {verb}", align="left")
         before = completed(recipe.out)
         since = time.monotonic()
-        report = importlib.import_module(f"polyground.stages.{verb}").run(recipe)
+        done = importlib.import_module(f"polyground.stages.{verb}").run(recipe)
+        report = done if verb == "report" else report
         made = sorted(completed(recipe.out) - before)
         times.add(f"{number} {verb}", seconds=time.monotonic() - since, peak=peak_memory())
         console.print(f"{', '.join(made)}: complete" if made else "nothing left to do", highlight=False)
@@ -79,10 +81,12 @@ class _Times:
 def show(recipe: Recipe, *, report: Any = None) -> None:
     """The results, the time and the memory, as tables on standard output."""
     console = Console()
-    results = read_json(recipe.out / "evaluate" / "results.json")
-    console.print(results_table(recipe, results))
+    results = recipe.out / "evaluate" / "results.json"
+    if results.is_file():
+        console.print(results_table(recipe, read_json(results)))
     console.print(_stages_table(read_json(recipe.out / "times.json")))
-    console.print(f"report: {report}", highlight=False, soft_wrap=True)
+    if report is not None:
+        console.print(f"report: {report}", highlight=False, soft_wrap=True)
 
 
 def results_table(recipe: Recipe, results: Mapping[str, Any]) -> Table:
@@ -177,9 +181,14 @@ def _inputs(recipe: Recipe, verb: str) -> Iterator[str]:
     for split, sources in own_splits(recipe).items():
         for source in sources:
             yield _found(source.path, f"data.{split}: {source.path} ({source.source})")
-    for folder in NEEDS[verb]:
+    for folder in _needs(recipe, verb):
         if folder != "world" or world_splits(recipe):
             yield _found(recipe.out / folder / MANIFEST, f"{recipe.out / folder}")
+
+
+def _needs(recipe: Recipe, verb: str) -> list[str]:
+    """Folders that a verb reads; RL from the base needs no SFT model."""
+    return [folder for folder in NEEDS[verb] if folder != "sft-merged" or folder in start_folders(recipe)]
 
 
 def _found(path: Path, what: str) -> str:
@@ -187,10 +196,12 @@ def _found(path: Path, what: str) -> str:
 
 
 def _outputs(recipe: Recipe, verb: str) -> Iterator[str]:
-    if verb in {"report", "run"}:
+    if verb == "report" or (verb == "run" and _is_done_by(recipe, "report")):
         yield f"{'exists  ' if (recipe.out / 'report.html').exists() else 'to make '} {recipe.out / 'report.html'}"
-    verbs = [name for name in NEEDS if name not in {"run", "report"}] if verb == "run" else [verb] if verb != "report" else []
+    verbs = [name for name in NEEDS if _is_done_by(recipe, name)] if verb == "run" else [verb]
     for name in verbs:
+        if name == "report":
+            continue
         for folder in MAKES.get(name, (name,)):
             path = recipe.out / folder
             state = "complete" if (path / MANIFEST).exists() else "partial " if path.exists() else "to make "
@@ -201,8 +212,8 @@ def _work(recipe: Recipe, verb: str) -> Iterator[str]:
     """A line per stage: how many questions, completions and steps."""
     counts = {split: _rows_of(recipe, split) for split in [*own_splits(recipe), *world_splits(recipe)]}
 
-    def wanted(*verbs: str) -> bool:
-        return verb == "run" or verb in verbs
+    def wanted(name: str) -> bool:
+        return _is_done_by(recipe, name) if verb == "run" else verb == name
 
     if wanted("world"):
         splits = ", ".join(f"{split} {counts[split]:,}" for split in world_splits(recipe))
@@ -223,6 +234,11 @@ def _work(recipe: Recipe, verb: str) -> Iterator[str]:
         yield f"grpo        {_grpo_work(recipe, counts.get('rl'))}"
     if wanted("evaluate"):
         yield f"evaluate    {_evaluate_work(recipe, counts)}"
+
+
+def _is_done_by(recipe: Recipe, verb: str) -> bool:
+    """Whether `run` does this verb."""
+    return verb in (recipe.stages or FIGURE)
 
 
 def _rows_of(recipe: Recipe, split: str) -> int | None:
@@ -311,7 +327,9 @@ def _evaluate_work(recipe: Recipe, counts: Mapping[str, int | None]) -> str:
     if not asked:
         return "no split to evaluate on"
     tokens = f"of up to {config.max_completion_length} tokens"
-    models = "base, SFT and RL model, as far as they exist"
+    roles = list(_LABELS) if config.models is None else config.models
+    named = "base, SFT and RL" if len(roles) == len(_LABELS) else " and ".join(_LABELS[role] for role in roles)
+    models = f"{named} model, as far as they exist"
     if None in asked.values():
         later = ", ".join(split for split, count in asked.items() if count is None)
         return f"{models}: answers {tokens}; as many as there are questions, not counted yet for {later}"
@@ -319,12 +337,12 @@ def _evaluate_work(recipe: Recipe, counts: Mapping[str, int | None]) -> str:
     most = "up to " if any(counts[split] is None for split in asked) else ""
     total = sum(count or 0 for count in asked.values())
     splits = ", ".join(f"{split} {count:,}" for split, count in asked.items())
-    return f"{models}: {most}{total:,} answers each, {3 * total:,} together, {tokens} ({splits})"
+    return f"{models}: {most}{total:,} answers each, {len(roles) * total:,} together, {tokens} ({splits})"
 
 
 def _memory(recipe: Recipe, verb: str) -> Iterator[str]:
     """The estimate for SFT and GRPO, or what is missing for one."""
-    verbs = [name for name in ("sft", "grpo") if verb in ("run", name)]
+    verbs = [name for name in ("sft", "grpo") if verb == name or (verb == "run" and _is_done_by(recipe, name))]
     if not verbs:
         return
     folder = model_folder(recipe.model.path)

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from polyground.answer import write_completion
-from polyground.config import Recipe
+from polyground.config import PromptConfig, Recipe
 from polyground.prompts import PROMPT_VERSION, student_messages
 from polyground.records import Example, answer_from_json
-from polyground.stages import best_device, model_path, require_images, upstream
-from polyground.storage import RunFolder, read_rows
+from polyground.stages import best_device, model_identity, model_path, require_images, stage_folder, upstream
+from polyground.storage import read_rows
 
 if TYPE_CHECKING:
     from polyground.models import Family
@@ -24,10 +24,10 @@ def run(recipe: Recipe) -> Mapping[str, Any]:
         "sft": recipe.sft.to_json(),
         "prompts": recipe.prompts.to_json(),
         "prompt_version": PROMPT_VERSION,
-        "model": recipe.model.to_json(),
+        "model": model_identity(recipe),
         "inputs": upstream(recipe, "synthesize"),
     }
-    with RunFolder(recipe.out / "sft", "sft", identity) as folder:
+    with stage_folder(recipe, "sft", "sft", identity) as folder:
         if folder.complete:
             return folder.summary
         kept = recipe.out / "synthesize" / "kept.jsonl"
@@ -42,15 +42,16 @@ def run(recipe: Recipe) -> Mapping[str, Any]:
             max_pixels_total=recipe.model.max_pixels_total,
             device=best_device(),
         )
-        lessons = [_lesson(row, loaded.family, instruction=recipe.prompts.instruction) for row in rows]
+        lessons = [_lesson(row, loaded.family, recipe.prompts) for row in rows]
         summary = train_sft(loaded, lessons, recipe.sft, out=folder.path, seed=recipe.seed)
         return folder.finish({**summary, "seconds": folder.seconds}).summary
 
 
-def _lesson(row: Mapping[str, Any], family: Family, *, instruction: str) -> Lesson:
+def _lesson(row: Mapping[str, Any], family: Family, prompts: PromptConfig) -> Lesson:
     from polyground.training.sft import Lesson
 
     example = Example.from_json(row)
     grids = family.grids(example.images)
-    messages = student_messages(example, grids, instruction=instruction)
-    return Lesson(tuple(messages), write_completion(row["reasoning"], answer_from_json(row["answer"]), grids), example.key)
+    messages = student_messages(example, grids, instruction=prompts.instruction)
+    reasoning = row["reasoning"] if prompts.reasoning else None
+    return Lesson(tuple(messages), write_completion(reasoning, answer_from_json(row["answer"]), grids), example.key)

@@ -27,7 +27,7 @@ from polyground.rewards import Scorer
 from polyground.rollout import Ask, Group, is_confirmed, rollout_groups
 from polyground.sampling import Sampler, sample_seed
 from polyground.sampling.scripted import ScriptedSampler
-from polyground.stages import own_splits, read_split, scenes_path, split_identity, track
+from polyground.stages import own_splits, read_split, scenes_path, split_identity, stage_folder, track
 from polyground.storage import RunFolder
 from polyground.vision import canvas_of
 from polyground.worlds.teacher import read_scene_rows, row_of, scripted_completion
@@ -64,7 +64,7 @@ def run(recipe: Recipe) -> Mapping[str, Any]:
         "prompt_version": PROMPT_VERSION,
         "data": split_identity(recipe, "train"),
     }
-    with RunFolder(recipe.out / "synthesize", "synthesize", identity) as folder:
+    with stage_folder(recipe, "synthesize", "synthesize", identity) as folder:
         if folder.complete:
             return folder.summary
         done = folder.done_keys("kept.jsonl") | folder.done_keys("rejected.jsonl")
