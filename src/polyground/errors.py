@@ -19,3 +19,11 @@ class ModelError(PolygroundError):
 
 class StorageError(PolygroundError):
     """A run folder cannot be read or continued: the path and the remedy are in the message."""
+
+
+class EndpointError(ModelError):
+    """A server that samples cannot be used, or answers no longer: its address, what it said and the remedy are in the message."""
+
+
+class BudgetSpent(EndpointError):
+    """What the recipe allows to be spent on a server is spent; what was answered is kept."""
