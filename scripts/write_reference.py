@@ -11,7 +11,7 @@ from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic.fields import FieldInfo
 
 from polyground.cli import STAGES
-from polyground.config import DataSource, Recipe, RewardConfig, Section
+from polyground.config import DataSource, EndpointConfig, Recipe, RewardConfig, Section
 from polyground.storage import atomic_write_text
 
 HEAD = """# Reference
@@ -32,7 +32,11 @@ def reference() -> str:
         if _is_section(field.annotation):
             section: type[Section] = field.annotation  # type: ignore[assignment]
             parts += [f"\n## `{name}`\n", f"{_doc(section)}\n", _keys(section, list(section.model_fields))]
-    for title, section in (("An entry of `rewards`", RewardConfig), ("An entry of a split in `data`", DataSource)):
+    for title, section in (
+        ("`endpoint` in `synthesize`", EndpointConfig),
+        ("An entry of `rewards`", RewardConfig),
+        ("An entry of a split in `data`", DataSource),
+    ):
         parts += [f"\n## {title}\n", f"{_doc(section)}\n", _keys(section, list(section.model_fields))]
     return "\n".join(parts) + "\n"
 
@@ -95,6 +99,8 @@ def _default(field: FieldInfo) -> str:
         return "null"
     if isinstance(value, bool):
         return str(value).lower()
+    if isinstance(value, Section):
+        return "its defaults"
     if isinstance(value, list) and value and isinstance(value[0], RewardConfig):
         return ", ".join(f"{reward.weight:g} {reward.name}" for reward in value)
     return f"`{list(value) if isinstance(value, tuple) else value}`" if value != "" else "empty"

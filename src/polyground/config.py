@@ -113,17 +113,55 @@ class RewardConfig(Section):
         return (self.name, self.options) == (other.name, other.options)
 
 
+class EndpointConfig(Section):
+    """How servers are asked: none of it decides a row, so that all of it may change between two attempts at a stage."""
+
+    concurrency: int = Field(default=8, ge=1)
+    """Prompts under way at once, over all addresses."""
+    retries: int = Field(default=5, ge=0)
+    """How often a request that failed for a passing reason (408, 409, 429, 5xx, connection, time-out, garbage) is tried again."""
+    timeout: float = Field(default=300.0, gt=0)
+    """Seconds one try may take."""
+    outage: float = Field(default=600.0, ge=0)
+    """Seconds that all addresses may be silent, after having answered before, until the stage stops."""
+    prompt_price: float | None = Field(default=None, ge=0)
+    """Money per million prompt tokens, for the cost in the summary and for max_cost; null where it is not known."""
+    completion_price: float | None = Field(default=None, ge=0)
+    """Money per million completion tokens."""
+    max_tokens: int | None = Field(default=None, ge=1)
+    """Tokens of prompts and completions, earlier attempts included, after which no request is started; null for no limit."""
+    max_cost: float | None = Field(default=None, gt=0)
+    """As max_tokens, in money at these prices. Requests under way are paid beyond it: at most `concurrency`."""
+    on_budget: Literal["stop", "finish"] = "stop"
+    """What a spent budget does: `stop` leaves the stage to be gone on with under a larger one; `finish` completes it with what
+    was kept."""
+    cache: Path | None = None
+    """Folder of the answers, which are never paid for twice; null keeps them in `answers/` beside the folders of the stages.
+    Several runs may share one; a budget then counts what all of them spent."""
+    check_prompt_tokens: bool = True
+    """Compare the first answer's count of prompt tokens with our own, where the grid is a model folder; false goes on whatever
+    it says."""
+
+    @model_validator(mode="after")
+    def _has_a_price(self) -> Self:
+        if self.max_cost is not None and not (self.prompt_price or self.completion_price):
+            raise ValueError("max_cost needs a prompt_price or a completion_price, per million tokens")
+        return self
+
+
 class SynthesizeConfig(Section):
     """Chain-of-thought rows from a teacher, filtered by the scorer."""
 
     teacher: Literal["scripted", "endpoint"] = "scripted"
     """`scripted` reads the simulated world's own facts; `endpoint` asks an OpenAI-compatible server."""
-    teacher_base_url: str | None = None
-    """Address of the server, for example http://localhost:8000/v1."""
+    teacher_base_url: str | list[str] | None = None
+    """Address of the server, for example http://localhost:8000/v1; a list of them shares the work."""
     teacher_model: str | None = None
     """Name of the model on that server."""
     api_key_env: str | None = None
     """Name of the environment variable that holds the key; the key itself is never written anywhere."""
+    endpoint: EndpointConfig = EndpointConfig()
+    """How the server is asked: `endpoint.concurrency`, retries, prices, a budget; the reference lists the keys."""
     teacher_grid: str = Field(default="per_mille", min_length=1)
     """How an endpoint teacher reads and writes boxes: per_mille (0-1000), unit (0-1), pixels (of the image as sent),
     per_mille_yxyx (0-1000, y first), or the folder of the model served (its config.json and preprocessor_config.json are

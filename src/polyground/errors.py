@@ -25,5 +25,5 @@ class EndpointError(ModelError):
     """A server that samples cannot be used, or answers no longer: its address, what it said and the remedy are in the message."""
 
 
-class BudgetSpent(EndpointError):
+class BudgetError(EndpointError):
     """What the recipe allows to be spent on a server is spent; what was answered is kept."""

@@ -167,7 +167,6 @@ def test_a_passing_failure_is_repeated(server: Server) -> None:
     [
         pytest.param(401, {"error": {"message": f"Incorrect key {KEY}"}}, r"refused the API key; check \$SECRET", id="key"),
         pytest.param(404, {"error": {"message": f"no model m for {KEY}"}}, r"answered 404 for 'm'.*\*\*\*", id="model"),
-        pytest.param(200, {"hello": 1}, "without a completion", id="other-server"),
     ],
 )
 def test_a_failure_for_good_is_explained_and_the_key_is_not_in_it(
@@ -179,6 +178,12 @@ def test_a_failure_for_good_is_explained_and_the_key_is_not_in_it(
         _sample(EndpointSampler(server.url, "m", api_key_env="SECRET"))
     assert KEY not in str(raised.value)
     assert server.keys == [f"Bearer {KEY}"]
+
+
+def test_a_server_of_another_kind_is_recognised(server: Server) -> None:
+    server.reply = lambda request: (200, {"hello": 1})
+    with pytest.raises(ModelError, match="without a completion; is it an OpenAI-compatible server"):
+        _sample(EndpointSampler(server.url, "m", retries=0))
 
 
 def test_a_dead_endpoint_is_named_without_its_password() -> None:

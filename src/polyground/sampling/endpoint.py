@@ -1,62 +1,125 @@
-"""Sampling from a server that speaks the OpenAI chat protocol (vLLM, SGLang, a hosted teacher). No torch is needed.
+"""Sampling from servers that speak the OpenAI chat protocol (vLLM, SGLang, a hosted teacher). No torch is needed.
 
 The API key is read from an environment variable when the sampler is built and is never written, logged or shown.
 """
 
 from __future__ import annotations
 
+import asyncio
+import hashlib
+import json
+import logging
 import os
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from collections.abc import Coroutine, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit, urlunsplit
+from typing import Any, Self, TypeVar
 
 from PIL import Image
 
-from polyground.conventions import Convention
-from polyground.errors import ConfigError, ModelError
+from polyground.config import EndpointConfig
+from polyground.conventions import Canvas, Convention
+from polyground.errors import BudgetError, ConfigError, EndpointError
 from polyground.records import Completion, Message
 from polyground.sampling import prompt_keys, sample_seed
+from polyground.sampling.responses import Prices, Responses
+from polyground.sampling.servers import Clock, Patience, RefusedError, Reply, Servers, without_secrets
+from polyground.tokens import PromptCounter
 from polyground.vision import canvas_of, load_image, to_data_uri
 
-if TYPE_CHECKING:
-    from openai.types.chat.chat_completion import Choice
+logger = logging.getLogger("polyground")
+
+Result = TypeVar("Result")
+
+_SLACK = 4
+"""Tokens by which a server's count of a prompt may differ from an exact one: a template may open the reasoning."""
 
 
 class EndpointSampler:
-    """Samples from `model` at `base_url` (which ends in `/v1`), `concurrency` prompts at a time.
+    """Samples from `model` at `base_url` (one address or several, each ending in `/v1`), `concurrency` prompts at a time.
 
     `api_key_env` names the environment variable that holds the key; None for servers that want none. A request that
-    fails for a passing reason (connection, overload) is repeated `retries` times, waiting longer each time.
+    fails for a passing reason (connection, overload) is repeated `retries` times, waiting longer each time; `patience`
+    says the rest, and stands in for `retries` and `timeout` where it is given.
 
     `convention` is that of the model served, with the pixel budget it was trained on: images are then sent as large as
-    they are to be read, so that a box in pixels means the same on both sides. Without it they are sent as they are.
+    they are to be read, so that a box in pixels means the same on both sides. Without it they are sent as they are. The
+    first answer's count of prompt tokens is then compared with our own, unless `check_prompt_tokens` is False.
+
+    Answers are kept in the folder `cache`, and one that is there is not asked for again. With `max_tokens` or `max_cost`
+    (at these `prices`), no request is started once so much is spent; those under way are still kept.
     """
 
     def __init__(
         self,
-        base_url: str,
+        base_url: str | Sequence[str],
         model: str,
         *,
         api_key_env: str | None = None,
         concurrency: int = 8,
         retries: int = 5,
         timeout: float = 300.0,
+        patience: Patience | None = None,
         convention: Convention | None = None,
+        check_prompt_tokens: bool = True,
+        cache: Path | None = None,
+        prices: Prices | None = None,
+        max_tokens: int | None = None,
+        max_cost: float | None = None,
+        clock: Clock | None = None,
     ) -> None:
-        try:
-            import openai
-        except ImportError as error:
-            raise ConfigError("an endpoint sampler needs the openai package; install `polyground[serve]`") from error
-        self._openai = openai
-        self._url = _without_secrets(base_url)
+        urls = [base_url] if isinstance(base_url, str) else list(base_url)
+        if not urls:
+            raise ConfigError("an endpoint sampler needs at least one base URL")
         self._model = model
-        self._key_env = api_key_env
-        self._key = _key(api_key_env)
         self._convention = convention
+        self._unchecked = check_prompt_tokens and convention is not None
         self._concurrency = concurrency
-        self._client = openai.OpenAI(base_url=base_url, api_key=self._key or "none", max_retries=retries, timeout=timeout)
+        self._prices = prices or Prices()
+        self._max_tokens, self._max_cost = max_tokens, max_cost
+        if max_cost is not None and Responses(None).spending.cost(self._prices) is None:
+            raise ConfigError("max_cost needs a price: give prompt_price or completion_price, per million tokens")
+        self._servers = Servers(
+            urls,
+            model,
+            key=_key(api_key_env),
+            key_env=api_key_env,
+            patience=patience or Patience(retries=retries, timeout=timeout),
+            clock=clock or Clock(),
+        )
+        self._urls = ", ".join(map(without_secrets, urls))
+        self._responses = Responses(cache)
+        self._reused = 0
+        self._one_at_a_time = False
+        """Whether the server was found to refuse several completions of one request."""
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._first = asyncio.Lock()
+
+    @classmethod
+    def from_config(
+        cls,
+        base_url: str | Sequence[str],
+        model: str,
+        config: EndpointConfig,
+        *,
+        cache: Path,
+        api_key_env: str | None = None,
+        convention: Convention | None = None,
+    ) -> Self:
+        """As a recipe says; `cache` where it names no folder."""
+        return cls(
+            base_url,
+            model,
+            api_key_env=api_key_env,
+            concurrency=config.concurrency,
+            patience=Patience(retries=config.retries, timeout=config.timeout, outage=config.outage),
+            convention=convention,
+            check_prompt_tokens=config.check_prompt_tokens,
+            cache=config.cache or cache,
+            prices=Prices(prompt=config.prompt_price, completion=config.completion_price),
+            max_tokens=config.max_tokens,
+            max_cost=config.max_cost,
+        )
 
     def sample(
         self,
@@ -69,68 +132,193 @@ class EndpointSampler:
         seed: int,
         keys: Sequence[str] | None = None,
     ) -> list[list[Completion]]:
-        """As the protocol says; how far the seed determines the completions is the server's affair."""
+        """As the protocol says; how far the seed determines the completions is the server's affair.
+
+        After a failure for good no further request is started; the answers under way are waited for and kept.
+        """
         options = {"temperature": temperature, "top_p": top_p, "max_tokens": max_tokens}
-        names = prompt_keys(prompts, keys)
+        return self._wait_for(self._sample(prompts, prompt_keys(prompts, keys), n=n, options=options, seed=seed))
 
-        def group(i: int) -> list[Completion]:
-            messages, extra = self._prepared(prompts[i])
-            completions: list[Completion] = []
+    @property
+    def usage(self) -> dict[str, Any]:
+        """What was asked and spent. Requests, tokens and cost include the earlier attempts whose answers are kept."""
+        spending = self._responses.spending
+        cost = spending.cost(self._prices)
+        return {
+            "requests": spending.requests,
+            "prompt_tokens": spending.prompt_tokens,
+            "completion_tokens": spending.completion_tokens,
+            **({} if cost is None else {"cost": round(cost, 6)}),
+            **({"requests_without_usage": spending.uncounted} if spending.uncounted else {}),
+            "reused": self._reused,
+            "tries": self._servers.tries,
+            "failed_tries": dict(sorted(self._servers.failed.items())),
+        }
+
+    def close(self) -> None:
+        """Let go of the connections and the cache; the sampler is of no use afterwards."""
+        if self._loop is not None:
+            self._wait_for(self._servers.close())
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._loop = None
+        self._responses.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _wait_for(self, work: Coroutine[Any, Any, Result]) -> Result:
+        """Run on the sampler's own loop, which lives in a thread: the caller may have a loop of its own, as a notebook has."""
+        if self._loop is None:
+            self._loop = asyncio.new_event_loop()
+            threading.Thread(target=_run, args=(self._loop,), name="endpoint", daemon=True).start()
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result()
+        finally:
+            # Left early by Ctrl-C: what is under way is of no use to anybody.
+            future.cancel()
+
+    async def _sample(
+        self, prompts: Sequence[Sequence[Message]], names: Sequence[str], *, n: int, options: Mapping[str, Any], seed: int
+    ) -> list[list[Completion]]:
+        self._servers.closing.clear()
+        free = asyncio.Semaphore(self._concurrency)
+        failed: list[int] = []
+
+        async def group(i: int) -> list[Completion]:
+            async with free:
+                if failed:
+                    return []
+                found: list[Completion] | None = None
+                try:
+                    found = await self._group(prompts[i], names[i], n=n, options=options, seed=seed)
+                finally:
+                    if found is None:
+                        # The others' answers are paid for: those under way are awaited, and no more are asked for.
+                        failed.append(i)
+                        self._servers.closing.set()
+            return found
+
+        groups = await asyncio.gather(*(group(i) for i in range(len(prompts))), return_exceptions=True)
+        mishap = groups[failed[0]] if failed else None
+        if isinstance(mishap, EndpointError):
+            said = str(mishap)
+            raise type(mishap)(f"{said}{'' if said.endswith('?') else '.'} {self._remedy()}") from None
+        if isinstance(mishap, BaseException):
+            raise mishap
+        return [found for found in groups if not isinstance(found, BaseException)]
+
+    def _remedy(self) -> str:
+        if self._responses.folder is None:
+            return "No answers are kept"
+        return (
+            f"The {len(self._responses)} completions answered so far are kept in {self._responses.folder}; "
+            "the same command goes on from there and pays for none of them twice"
+        )
+
+    async def _group(
+        self, prompt: Sequence[Message], name: str, *, n: int, options: Mapping[str, Any], seed: int
+    ) -> list[Completion]:
+        base = await asyncio.to_thread(self._identity, prompt, name, options, seed)
+        keys = [_sample_key(base, number) for number in range(n)]
+        found = {number: kept for number, key in enumerate(keys) if (kept := self._responses.get(key)) is not None}
+        self._reused += len(found)
+        if len(found) < n:
+            messages, extra, canvases = await asyncio.to_thread(self._prepared, prompt)
             # Some servers give one choice whatever is asked for: ask again for the rest, under another seed.
-            while len(completions) < n:
-                request = {
-                    **options,
-                    **extra,
-                    "n": n - len(completions),
-                    "seed": sample_seed(seed, names[i], len(completions)) % 2**31,
-                }
-                completions += self._ask(messages, request)
-            return completions[:n]
+            while missing := [number for number in range(n) if number not in found]:
+                self._keep_to_the_budget()
+                request = {**options, **extra, "messages": messages, "seed": sample_seed(seed, name, missing[0]) % 2**31}
+                reply = await self._checked(request, len(missing), prompt, canvases)
+                self._responses.put([keys[number] for number in missing], reply, self._model)
+                found |= dict(zip(missing, reply.completions, strict=False))
+                if reply.prompt_tokens is None and (self._max_tokens is not None or self._max_cost is not None):
+                    raise EndpointError(f"{self._urls}: reports no token usage, so that no budget can be kept; take it out")
+        return [found[number] for number in range(n)]
 
-        with ThreadPoolExecutor(max_workers=min(self._concurrency, max(1, len(prompts)))) as pool:
-            return list(pool.map(group, range(len(prompts))))
+    def _keep_to_the_budget(self) -> None:
+        spending = self._responses.spending
+        cost = spending.cost(self._prices)
+        if self._max_tokens is not None and spending.tokens >= self._max_tokens:
+            spent = f"the budget of {self._max_tokens:,} tokens is spent ({spending.tokens:,})"
+            raise BudgetError(f"{spent}; raise endpoint.max_tokens")
+        if self._max_cost is not None and cost is not None and cost >= self._max_cost:
+            raise BudgetError(f"the budget of {self._max_cost:g} is spent ({cost:.4f}); raise endpoint.max_cost")
 
-    def _prepared(self, prompt: Sequence[Message]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-        """The messages in the protocol's words, and what else the server must be told to read their images as we do."""
+    async def _checked(self, request: Mapping[str, Any], n: int, prompt: Sequence[Message], canvases: Sequence[Canvas]) -> Reply:
+        """The answer; the very first one, which goes alone, must have read the prompt as we count it."""
+        if self._convention is None or not (self._unchecked and canvases):
+            return await self._ask(request, n)
+        async with self._first:
+            if not self._unchecked:
+                return await self._ask(request, n)
+            reply = await self._ask(request, n)
+            if reply.prompt_tokens is not None:
+                await asyncio.to_thread(self._compare, self._convention, prompt, canvases, reply.prompt_tokens)
+            self._unchecked = False
+            return reply
+
+    async def _ask(self, request: Mapping[str, Any], n: int) -> Reply:
+        if n > 1 and not self._one_at_a_time:
+            try:
+                return await self._servers.ask({**request, "n": n})
+            except RefusedError:
+                reply = await self._servers.ask({**request, "n": 1})
+                # It was the number that it refused, not the prompt.
+                self._one_at_a_time = True
+                return reply
+        return await self._servers.ask({**request, "n": 1})
+
+    def _compare(self, convention: Convention, prompt: Sequence[Message], canvases: Sequence[Canvas], theirs: int) -> None:
+        counter = PromptCounter(convention)
+        ours = counter.count(prompt, canvases)
+        slack = _SLACK if counter.exact else _SLACK + ours.total - ours.images
+        if abs(ours.total - theirs) <= slack:
+            return
+        about = "" if counter.exact else f" (the text estimated: {counter.why_not_exact})"
+        raise EndpointError(
+            f"{self._urls}: the endpoint counts {theirs} tokens in the first prompt, {convention.path} gives {ours.total}"
+            f"{about}, {ours.images} of them for {len(canvases)} images. Boxes would not mean the same on both sides: serve that "
+            "very model, with the same limits of pixels, or set check_prompt_tokens: false to go on all the same"
+        )
+
+    def _identity(self, prompt: Sequence[Message], name: str, options: Mapping[str, Any], seed: int) -> str:
+        """A digest of everything that decides the answers, images by their bytes; which server is asked does not."""
+        images = [path for message in prompt for path in message.images]
+        parts = [[m.role, [part if isinstance(part, str) else [_digest(part)] for part in m.parts]] for m in prompt]
+        reading = None
+        if self._convention is not None and images:
+            reading = [repr(self._convention.layout), self._convention.pixel_budget(len(images))]
+        asked = [self._model, parts, reading, dict(options), seed, name]
+        return hashlib.sha256(json.dumps(asked, sort_keys=True).encode("utf-8", "surrogatepass")).hexdigest()
+
+    def _prepared(self, prompt: Sequence[Message]) -> tuple[list[dict[str, Any]], dict[str, Any], list[Canvas]]:
+        """The messages in the protocol's words, what else the server must be told to read their images as we do, and as what."""
         paths = [path for message in prompt for path in message.images]
         pictures = {path: load_image(path) for path in paths}
         extra: dict[str, Any] = {}
+        canvases: dict[Path, Canvas] = {}
         if self._convention is not None and paths:
             layout, budget = self._convention.layout, self._convention.pixel_budget(len(paths))
             for path, picture in pictures.items():
-                canvas = canvas_of(path, picture.size, self._convention, images=len(paths))
+                canvas = canvases[path] = canvas_of(path, picture.size, self._convention, images=len(paths))
                 if layout.lasting and layout.fit(canvas.width, canvas.height) == canvas:
                     # As the image processors of these families resize: the server finds nothing left to do.
                     pictures[path] = picture.resize((canvas.width, canvas.height), Image.Resampling.BICUBIC)
                 elif layout.fit(*picture.size) != canvas:
                     # vLLM hands these on to the image processor.
                     extra = {"extra_body": {"mm_processor_kwargs": layout.processor_options(budget)}}
-        return [_to_openai(message, pictures) for message in prompt], extra
+        return [_to_openai(message, pictures) for message in prompt], extra, [canvases[path] for path in paths if canvases]
 
-    def _ask(self, messages: list[dict[str, Any]], request: dict[str, Any]) -> list[Completion]:
-        openai = self._openai
-        try:
-            # The client repeats connection errors, time-outs, 408, 409, 429 and 5xx, with exponential back-off.
-            reply = self._client.chat.completions.create(model=self._model, messages=messages, **request)  # type: ignore[arg-type]
-        except openai.APIConnectionError as error:
-            raise ModelError(f"{self._url}: no answer from the endpoint; is the server up and the base URL right?") from error
-        except openai.AuthenticationError:
-            # Servers quote part of the key in this error: it is not passed on.
-            where = f"check ${self._key_env}" if self._key_env else "name the variable that holds the key in `api_key_env`"
-            raise ModelError(f"{self._url}: the endpoint refused the API key; {where}") from None
-        except openai.APIStatusError as error:
-            said = self._redacted(error.message)[:300]
-            raise ModelError(f"{self._url}: the endpoint answered {error.status_code} for {self._model!r}: {said}") from None
-        except (openai.APIError, ValueError) as error:
-            said = self._redacted(str(error))[:300]
-            raise ModelError(f"{self._url}: the endpoint's answer is not a chat completion ({said}); check the URL") from None
-        choices = getattr(reply, "choices", None)
-        if not choices:
-            raise ModelError(f"{self._url}: the endpoint answered without a completion; is it an OpenAI-compatible server?")
-        return [_completion(choice) for choice in choices]
 
-    def _redacted(self, text: str) -> str:
-        return text.replace(self._key, "***") if self._key else text
+def _run(loop: asyncio.AbstractEventLoop) -> None:
+    try:
+        loop.run_forever()
+    finally:
+        loop.close()
 
 
 def _key(variable: str | None) -> str | None:
@@ -142,10 +330,18 @@ def _key(variable: str | None) -> str | None:
     return key
 
 
-def _without_secrets(url: str) -> str:
-    """The address as it may be shown: without user, password and query."""
-    parts = urlsplit(url)
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+def _sample_key(base: str, number: int) -> str:
+    return hashlib.blake2b(f"{base}/{number}".encode(), digest_size=16).hexdigest()
+
+
+def _digest(path: Path) -> str:
+    """SHA-256 of an image file; what cannot be read is explained where it is loaded."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        load_image(path)
+        raise
 
 
 def _to_openai(message: Message, pictures: Mapping[Path, Image.Image]) -> dict[str, Any]:
@@ -159,12 +355,3 @@ def _part(part: str | Path, pictures: Mapping[Path, Image.Image]) -> dict[str, A
         return {"type": "text", "text": part}
     # Encoded anew rather than sent as it lies there: upright and RGB, as a local model sees it.
     return {"type": "image_url", "image_url": {"url": to_data_uri(pictures[part])}}
-
-
-def _completion(choice: Choice) -> Completion:
-    text = choice.message.content or ""
-    # Servers with a reasoning parser cut the thoughts out of the text.
-    reasoning = getattr(choice.message, "reasoning_content", None) or getattr(choice.message, "reasoning", None)
-    if reasoning and "<think>" not in text:
-        text = f"<think>{reasoning}</think>{text}"
-    return Completion(text=text, truncated=choice.finish_reason == "length")

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any
 from polyground.answer import Answer, Located, follows_contract, reasoning_of
 from polyground.config import Recipe, SynthesizeConfig
 from polyground.conventions import GRIDS, Convention, load_convention, named_grid
-from polyground.errors import ConfigError, DataError
+from polyground.errors import BudgetError, ConfigError, DataError
 from polyground.geometry import PER_MILLE, Grid
 from polyground.imagefile import image_size
 from polyground.prompts import PROMPT_VERSION, teacher_messages
@@ -59,7 +60,7 @@ def run(recipe: Recipe) -> Mapping[str, Any]:
     examples = read_split(recipe, "train")[: config.limit]
     identity = {
         "seed": recipe.seed,
-        "synthesize": config.to_json(),
+        "synthesize": _deciding(config),
         "rewards": [reward.to_json() for reward in recipe.rewards],
         "prompt_version": PROMPT_VERSION,
         "data": split_identity(recipe, "train"),
@@ -69,21 +70,38 @@ def run(recipe: Recipe) -> Mapping[str, Any]:
             return folder.summary
         done = folder.done_keys("kept.jsonl") | folder.done_keys("rejected.jsonl")
         teacher = open_teacher(recipe, "train", examples)
-        groups = rollout_groups(
-            examples,
-            sampler=teacher.sampler,
-            ask=teacher.ask,
-            judge=Scorer(recipe.rewards).score,
-            n=config.samples_per_example,
-            temperature=config.temperature,
-            max_tokens=config.max_completion_length,
-            seed=recipe.seed,
-            batch=teacher.batch,
-            done=done,
-        )
-        for group in track(groups, "synthesize", total=len(examples), done=len(done)):
-            _keep_or_drop(folder, group, config=config, origin={"teacher": teacher.name, "seed": recipe.seed})
-        summary = _summarize(folder, asked=len(examples))
+        origin = {"teacher": teacher.name, "seed": recipe.seed}
+
+        def groups_of(few: Sequence[Example]) -> Iterator[Group]:
+            return rollout_groups(
+                few,
+                sampler=teacher.sampler,
+                ask=teacher.ask,
+                judge=Scorer(recipe.rewards).score,
+                n=config.samples_per_example,
+                temperature=config.temperature,
+                max_tokens=config.max_completion_length,
+                seed=recipe.seed,
+                batch=teacher.batch,
+                done=done,
+            )
+
+        stopped: dict[str, Any] = {}
+        try:
+            for group in track(groups_of(examples), "synthesize", total=len(examples), done=len(done)):
+                _keep_or_drop(folder, group, config=config, origin=origin)
+                done.add(group.example.key)
+        except BudgetError as error:
+            if config.endpoint.on_budget == "stop":
+                raise
+            stopped = {"stopped": str(error)}
+            # Of the batch that was cut, what has been answered.
+            for example in [example for example in examples if example.key not in done][: teacher.batch]:
+                with suppress(BudgetError):
+                    for group in groups_of([example]):
+                        _keep_or_drop(folder, group, config=config, origin=origin)
+                        done.add(example.key)
+        summary = _summarize(folder, asked=len(done)) | stopped | ({"endpoint": teacher.usage()} if teacher.usage else {})
         if not summary["kept"]:
             raise DataError(f"{folder.path}: the teacher's answers were all dropped ({summary['dropped']}); see rejected.jsonl")
         return folder.finish(summary).summary
@@ -99,6 +117,8 @@ class Teacher:
     ask: Ask
     batch: int
     """Questions asked at once."""
+    usage: Callable[[], Mapping[str, Any]] | None = None
+    """What was asked of servers and spent there so far; None without one."""
 
 
 def open_teacher(recipe: Recipe, split: str, examples: Sequence[Example]) -> Teacher:
@@ -107,7 +127,7 @@ def open_teacher(recipe: Recipe, split: str, examples: Sequence[Example]) -> Tea
     if recipe.synthesize.teacher == "scripted":
         sampler, name, batch = _scripted(recipe, split, examples)
     else:
-        sampler, name, batch = _endpoint(recipe, convention)
+        return _endpoint(recipe, convention, ask_of(grids_of))
     return Teacher(name=name, sampler=sampler, ask=ask_of(grids_of), batch=batch)
 
 
@@ -169,14 +189,29 @@ def _scripted(recipe: Recipe, split: str, examples: Sequence[Example]) -> tuple[
     return ScriptedSampler(script), "scripted", 32
 
 
-def _endpoint(recipe: Recipe, convention: Convention | None) -> tuple[Sampler, str, int]:
+def _endpoint(recipe: Recipe, convention: Convention | None, ask: Ask) -> Teacher:
     from polyground.sampling.endpoint import EndpointSampler
 
     config = recipe.synthesize
-    if config.teacher_base_url is None or config.teacher_model is None:
+    if not config.teacher_base_url or config.teacher_model is None:
         raise ConfigError("synthesize.teacher: endpoint needs teacher_base_url and teacher_model")
-    url, model = config.teacher_base_url, config.teacher_model
-    return EndpointSampler(url, model, api_key_env=config.api_key_env, convention=convention), model, 16
+    sampler = EndpointSampler.from_config(
+        config.teacher_base_url,
+        config.teacher_model,
+        config.endpoint,
+        cache=recipe.out / "answers" / "synthesize",
+        api_key_env=config.api_key_env,
+        convention=convention,
+    )
+    # Enough that the servers are not idle while the last answers of a batch come in.
+    batch = max(16, 4 * config.endpoint.concurrency)
+    return Teacher(name=config.teacher_model, sampler=sampler, ask=ask, batch=batch, usage=lambda: sampler.usage)
+
+
+def _deciding(config: SynthesizeConfig) -> dict[str, Any]:
+    """What decides the rows: not where the teacher is served, nor how patiently it is asked."""
+    decides = {name: value for name, value in config.to_json().items() if name != "endpoint"}
+    return decides | {"teacher_base_url": None, "api_key_env": None}
 
 
 def _keep_or_drop(folder: RunFolder, group: Group, *, config: SynthesizeConfig, origin: Mapping[str, Any]) -> None:
