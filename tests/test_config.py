@@ -228,6 +228,14 @@ def test_every_shipped_recipe_is_valid(path: Path) -> None:
     load_recipe(path)
 
 
+@pytest.mark.parametrize(
+    "free", [{"dataloader_num_workers": 2}, {"image_cache_mib": 64}, {"report_to": []}, {"save_total_limit": 5}]
+)
+def test_what_only_feeds_logs_and_keeps_may_change_when_a_training_goes_on(free: dict[str, Any]) -> None:
+    assert GrpoConfig(**free).deciding() == GrpoConfig().deciding()
+    assert GrpoConfig(learning_rate=3e-4, **free).deciding() != GrpoConfig().deciding()
+
+
 def test_a_study_is_not_taken_for_a_recipe() -> None:
     with pytest.raises(ConfigError, match="polyground results"):
         load_recipe(RECIPES / "results.yaml")

@@ -246,6 +246,11 @@ class TrainingConfig(Section):
     """Processes that decode and preprocess images ahead of the step; 0 leaves that to the training process. Each holds up to two
     batches of pixels."""
 
+    def deciding(self) -> dict[str, Any]:
+        """What decides the weights: how they are logged, kept and fed may change when a run is taken up again."""
+        free = {"save_total_limit", "report_to", "dataloader_num_workers", "image_cache_mib"}
+        return {name: value for name, value in self.to_json().items() if name not in free}
+
 
 class SftConfig(TrainingConfig):
     """Cold start: supervised fine-tuning with LoRA on the synthesised rows."""

@@ -18,7 +18,7 @@ def run(recipe: Recipe) -> Mapping[str, Any]:
     rewards = recipe.rewards if recipe.grpo.rewards is None else recipe.grpo.rewards
     identity = {
         "seed": recipe.seed,
-        "grpo": recipe.grpo.to_json(),
+        "grpo": recipe.grpo.deciding(),
         "rewards": [reward.to_json() for reward in rewards],
         "prompts": recipe.prompts.to_json(),
         "prompt_version": PROMPT_VERSION,

@@ -21,7 +21,7 @@ def run(recipe: Recipe) -> Mapping[str, Any]:
     """Read the kept rows, write each in the student's own words and grid, train, save the adapter."""
     identity = {
         "seed": recipe.seed,
-        "sft": recipe.sft.to_json(),
+        "sft": recipe.sft.deciding(),
         "prompts": recipe.prompts.to_json(),
         "prompt_version": PROMPT_VERSION,
         "model": model_identity(recipe),
