@@ -172,9 +172,9 @@ class Recorded(LocalSampler):
 
     recorder: TapeRecorder
 
-    def _static(self, settings: Settings) -> StaticDecoder:
+    def _static(self, parts: Parts, settings: Settings) -> StaticDecoder:
         self.recorder = TapeRecorder()
-        return StaticDecoder(Parts.of(self._loaded), settings, recorder=self.recorder)
+        return StaticDecoder(parts, settings, recorder=self.recorder)
 
 
 @pytest.fixture
@@ -218,8 +218,8 @@ def test_a_step_that_cannot_be_recorded_runs_as_it_is(one: Loaded, prompts: list
     options = {"n": 2, "temperature": 1.0, "max_tokens": 12, "seed": 2}
 
     class Unwilling(LocalSampler):
-        def _static(self, settings: Settings) -> StaticDecoder:
-            return StaticDecoder(Parts.of(self._loaded), settings, recorder=recorder)
+        def _static(self, parts: Parts, settings: Settings) -> StaticDecoder:
+            return StaticDecoder(parts, settings, recorder=recorder)
 
     assert_same(Unwilling(one).sample(prompts, **options), LocalSampler(one).sample(prompts, **options))
     assert (recorder.warmed, recorder.tapes) == (1, 0)

@@ -108,7 +108,8 @@ class LocalSampler:
         per_batch = max(1, self._batch_size // settings.n)
         numbered = zip(range(len(keys)), prompts, strict=True)
         with torch.no_grad(), _evaluating(self._loaded.model), self._precision(), merged_for_rollout(self._loaded.model):
-            parts, static = Parts.of(self._loaded), self._static(settings)
+            parts = Parts.of(self._loaded)
+            static = self._static(parts, settings)
             written = self._written(min(per_batch, len(keys)) * settings.n, settings)
             while window := list(islice(numbered, self._per_window(settings))):
                 # Prompts of equal length need neither padding nor a mask. The longest first: its memory will do for all.
@@ -132,19 +133,18 @@ class LocalSampler:
     def _precision(self) -> AbstractContextManager[object]:
         return torch.autocast(self._loaded.device.type, dtype=self._autocast) if self._autocast else nullcontext()
 
-    def _static(self, settings: Settings) -> StaticDecoder | None:
+    def _static(self, parts: Parts, settings: Settings) -> StaticDecoder | None:
         """What decodes with shapes that never change, for one call; None where caches grow instead."""
-        decoder = self._loaded.family.language_model(self._loaded.model)
         if self._decoding == "growing" or (self._decoding == "auto" and self._loaded.device.type != "cuda"):
             return None
-        why_not = obstacle(decoder)
+        why_not = obstacle(parts.decoder)
         if self._decoding == "auto" and (why_not or settings.max_tokens < SHORT):
             if why_not:
                 note_once(f"decoding steps of this model are not recorded: {why_not}")
             return None
         if why_not:
             raise ValueError(f"this model cannot be decoded with a static cache: {why_not}; leave `decoding` at 'auto'")
-        return StaticDecoder(Parts.of(self._loaded), settings, recorder=recorder_for(self._loaded.device))
+        return StaticDecoder(parts, settings, recorder=recorder_for(self._loaded.device))
 
     def _written(self, rows: int, settings: Settings) -> Written:
         family = self._loaded.family

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -484,26 +485,26 @@ def group_metrics(groups: Sequence[Group]) -> dict[str, float]:
     lengths = [len(rollout.completion.token_ids) for rollout in rollouts]
     images = [rollout.score.image_correct for rollout in rollouts if rollout.score.image_correct is not None]
     metrics = {
-        "reward": _mean(totals),
-        "reward_std": _mean([deviation(group.totals) for group in groups]),
-        "frac_reward_zero_std": _mean([float(without_variance(group.totals)) for group in groups]),
-        "iou": _mean([rollout.score.iou for rollout in rollouts]),
-        "unreadable": _mean([float(rollout.score.unreadable is not None) for rollout in rollouts]),
-        "completions/mean_length": _mean(lengths),
+        "reward": fmean(totals),
+        "reward_std": fmean([deviation(group.totals) for group in groups]),
+        "frac_reward_zero_std": fmean([float(without_variance(group.totals)) for group in groups]),
+        "iou": fmean([rollout.score.iou for rollout in rollouts]),
+        "unreadable": fmean([float(rollout.score.unreadable is not None) for rollout in rollouts]),
+        "completions/mean_length": fmean(lengths),
         "completions/max_length": float(max(lengths)),
-        "completions/clipped_ratio": _mean([float(rollout.completion.truncated) for rollout in rollouts]),
+        "completions/clipped_ratio": fmean([float(rollout.completion.truncated) for rollout in rollouts]),
     }
     for name in rollouts[0].score.parts:
         values = [rollout.score.parts[name] for rollout in rollouts]
-        metrics |= {f"rewards/{name}/mean": _mean(values), f"rewards/{name}/std": deviation(values)}
+        metrics |= {f"rewards/{name}/mean": fmean(values), f"rewards/{name}/std": deviation(values)}
     if images:
-        metrics["image_accuracy"] = _mean(images)
+        metrics["image_accuracy"] = fmean(images)
     return metrics | answer_metrics(groups)
 
 
 def difficulty_weight(group: Group) -> float:
     """exp(1 - mean IoU) of the group, in [1, e]: hard questions pull harder (UniVG-R1)."""
-    return math.exp(1 - _mean([rollout.score.iou for rollout in group.rollouts]))
+    return math.exp(1 - fmean([rollout.score.iou for rollout in group.rollouts]))
 
 
 def step_seed(seed: int, step: int) -> int:
@@ -565,7 +566,3 @@ def _slim(rollout: Rollout) -> Rollout:
     # Token ids and log-probabilities are most of the bytes, and nothing reads them again.
     completion = Completion(text=rollout.completion.text, truncated=rollout.completion.truncated)
     return replace(rollout, completion=completion)
-
-
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values)

@@ -14,7 +14,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import fmean, median, quantiles
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -82,10 +82,10 @@ def answer_metrics(groups: Sequence[Group]) -> dict[str, float]:
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     thoughts = [len(thought_of(rollout.completion.text)) for rollout in rollouts]
     metrics = {
-        f"unreadable/{reason}": _mean([float(rollout.score.unreadable == reason) for rollout in rollouts])
+        f"unreadable/{reason}": fmean([float(rollout.score.unreadable == reason) for rollout in rollouts])
         for reason in Unreadable
     }
-    metrics |= {"reasoning/mean_length": _mean(thoughts), "reasoning/missing": _mean([float(length == 0) for length in thoughts])}
+    metrics |= {"reasoning/mean_length": fmean(thoughts), "reasoning/missing": fmean([float(length == 0) for length in thoughts])}
     return metrics | _box_metrics(groups) | _task_metrics(rollouts)
 
 
@@ -119,7 +119,7 @@ def _box_metrics(groups: Sequence[Group]) -> dict[str, float]:
         metrics["boxes/mean_area"] = area / len(drawn)
         metrics["boxes/area_ratio"] = area / sum(_area(example.target.boxes) for example, _ in drawn)
     named = [_names_a_wrong_image(example, answer) for example, answer in drawn if _image_matters(example)]
-    return metrics | ({"wrong_image": _mean(named)} if named else {})
+    return metrics | ({"wrong_image": fmean(named)} if named else {})
 
 
 def _in_boxes(rollout: Rollout) -> Answer | None:
@@ -128,7 +128,7 @@ def _in_boxes(rollout: Rollout) -> Answer | None:
 
 
 def _area(boxes: Sequence[Located]) -> float:
-    return _mean([located.box.area for located in boxes])
+    return fmean([located.box.area for located in boxes])
 
 
 def _image_matters(example: Example) -> bool:
@@ -146,9 +146,9 @@ def _task_metrics(rollouts: Iterable[Rollout]) -> dict[str, float]:
         by_task[rollout.task].append(rollout)
     metrics = {}
     for task, own in sorted(by_task.items()):
-        metrics[f"tasks/{task}/reward"] = _mean([rollout.score.total for rollout in own])
-        metrics[f"tasks/{task}/iou"] = _mean([rollout.score.iou for rollout in own])
-        metrics[f"tasks/{task}/unreadable"] = _mean([float(rollout.score.unreadable is not None) for rollout in own])
+        metrics[f"tasks/{task}/reward"] = fmean([rollout.score.total for rollout in own])
+        metrics[f"tasks/{task}/iou"] = fmean([rollout.score.iou for rollout in own])
+        metrics[f"tasks/{task}/unreadable"] = fmean([float(rollout.score.unreadable is not None) for rollout in own])
     return metrics
 
 
@@ -424,7 +424,3 @@ def window_lines(logging_steps: int) -> int:
 
 def _percent(share: float) -> str:
     return f"{100 * share:.0f} %"
-
-
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values)

@@ -27,7 +27,16 @@ from polyground.metrics import Estimate
 from polyground.records import Example, Rollout
 from polyground.rollout import is_right
 from polyground.stages import ROLES, benchmark_rows, read_split
-from polyground.stages.report.pictures import LABELS, Sample, boxes_of, compose, draw_picture, reply_of, shown_question
+from polyground.stages.report.pictures import (
+    LABELS,
+    Sample,
+    boxes_of,
+    compose,
+    draw_pictures,
+    reply_of,
+    shown_choices,
+    shown_question,
+)
 from polyground.stages.report.training import Figure, Part, grpo_part, sft_part
 from polyground.storage import MANIFEST, atomic_write_text, read_json, read_rows
 
@@ -412,12 +421,9 @@ def _sample(recipe: Recipe, example: Example, split: str, rollouts: Mapping[str,
         outcome=kind,
         tone=tone,
         question=shown_question(example),
-        choices=[f"({chr(ord('A') + i)}) {choice}" for i, choice in enumerate(example.choices)],
+        choices=shown_choices(example),
         target=example.target.choice or "",
-        pictures=[
-            draw_picture(path, [(model, box) for model, image, box in located if image == number], side=recipe.report.image_side)
-            for number, path in enumerate(example.images, start=1)
-        ],
+        pictures=draw_pictures(example, located, side=recipe.report.image_side),
         answers=[reply_of(model, rollout, threshold=threshold) for model, rollout in rollouts.items()],
     )
 

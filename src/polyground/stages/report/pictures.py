@@ -117,6 +117,19 @@ _STROKES = {
 }
 
 
+def shown_choices(example: Example) -> list[str]:
+    """The choices of a multiple choice under their letters."""
+    return [f"({chr(ord('A') + i)}) {choice}" for i, choice in enumerate(example.choices)]
+
+
+def draw_pictures(example: Example, located: Sequence[tuple[str, int, Box]], *, side: int) -> list[Picture]:
+    """The images of a question, each with the boxes (as `boxes_of` gives them) that lie on it."""
+    return [
+        draw_picture(path, [(model, box) for model, image, box in located if image == number], side=side)
+        for number, path in enumerate(example.images, start=1)
+    ]
+
+
 def draw_picture(path: Path, boxes: Sequence[tuple[str, Box]], *, side: int) -> Picture:
     image = load_image(path)
     scale = side / max(image.size)

@@ -15,7 +15,7 @@ from polyground import charts
 from polyground.config import Recipe
 from polyground.records import Example, Rollout
 from polyground.rollout import is_right
-from polyground.stages.report.pictures import Reply, Sample, boxes_of, draw_picture, reply_of, shown_question
+from polyground.stages.report.pictures import Reply, Sample, boxes_of, draw_pictures, reply_of, shown_choices, shown_question
 from polyground.storage import read_rows
 
 MOMENTS, SAMPLES = 3, 4
@@ -282,12 +282,9 @@ def _sample(recipe: Recipe, example: Example, group: Sequence[Answered], *, thre
         outcome=f"{right} of {len(group)} right",
         tone="good" if right else "bad",
         question=shown_question(example),
-        choices=[f"({chr(ord('A') + i)}) {choice}" for i, choice in enumerate(example.choices)],
+        choices=shown_choices(example),
         target=example.target.choice or "",
-        pictures=[
-            draw_picture(path, [(name, box) for name, image, box in located if image == number], side=recipe.report.image_side)
-            for number, path in enumerate(example.images, start=1)
-        ],
+        pictures=draw_pictures(example, located, side=recipe.report.image_side),
         answers=[_reply(name, answered, threshold=threshold) for name, answered in shown.items()],
     )
 

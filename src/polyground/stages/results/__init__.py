@@ -34,9 +34,15 @@ def run(options: argparse.Namespace, *, launch: Launch = launch_run) -> str:
     if options.dry_run:
         return plan(study, chosen)
     failed: list[str] = []
+    results: dict[str, Any] = {}
+
+    def tables() -> None:
+        results.update(write_tables(study, options.study))
+
     if not options.tables_only:
-        failed = run_all(chosen, launch=launch, after=lambda: write_tables(study, options.study))
-    results = write_tables(study, options.study)
+        failed = run_all(chosen, launch=launch, after=tables)
+    if not results:
+        tables()
     if failed:
         raise StorageError("\n".join([f"{len(failed)} of {len(chosen)} runs failed; the same command tries them again", *failed]))
     return "\n".join([*verdict_lines(results), f"results: wrote {study.docs / study.name}.json, .md and .png"])

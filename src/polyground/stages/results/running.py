@@ -105,8 +105,9 @@ def run_all(runs: Sequence[Run], *, launch: Launch, after: Callable[[], object])
     console = Console(stderr=True)
     failed = []
     for number, run in enumerate(runs, start=1):
-        console.print(f"{number}/{len(runs)} {run.name}: {'finished before' if run.finished else run.folder}", highlight=False)
-        if run.finished:
+        finished = run.finished
+        console.print(f"{number}/{len(runs)} {run.name}: {'finished before' if finished else run.folder}", highlight=False)
+        if finished:
             continue
         code = _run(run, launch)
         if code == INTERRUPTED:
