@@ -49,6 +49,10 @@ class WorldConfig(Section):
     """Questions for synthesis and supervised fine-tuning."""
     rl: int = Field(default=1000, ge=0)
     """Questions offered to rejection sampling, and from there to GRPO."""
+    train_choice: int = Field(default=0, ge=0)
+    """Multiple choices beside those of `train`, about one image of several; none is of a kind that `perception` asks."""
+    rl_choice: int = Field(default=0, ge=0)
+    """Multiple choices beside those of `rl`."""
     validation: int = Field(default=100, ge=0)
     """Questions watched while training."""
     test: int = Field(default=300, ge=0)

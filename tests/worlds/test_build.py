@@ -20,6 +20,8 @@ from polyground.worlds.teacher import read_scene_rows, row_of
 class Sizes:
     train: int = 20
     rl: int = 10
+    train_choice: int = 10
+    rl_choice: int = 5
     validation: int = 0
     test: int = 10
     ood: int = 10
@@ -99,7 +101,7 @@ def test_the_same_seed_writes_the_same_world(world: dict[str, Path], tmp_path: P
 
 
 def test_an_unfinished_split_is_written_again_and_a_complete_one_left_alone(tmp_path: Path) -> None:
-    sizes = Sizes(ood=0, perception=0)
+    sizes = Sizes(train_choice=0, rl_choice=0, ood=0, perception=0)
     first = build_world(sizes, tmp_path)
     before = {split: path.read_bytes() for split, path in first.items()}
     first["rl"].unlink()
@@ -113,9 +115,9 @@ def test_an_unfinished_split_is_written_again_and_a_complete_one_left_alone(tmp_
 
 
 def test_a_world_of_another_seed_is_not_mixed_in(tmp_path: Path) -> None:
-    sizes = Sizes(train=2, rl=0, test=0, ood=0, perception=0)
+    sizes = Sizes(train=2, rl=0, train_choice=0, rl_choice=0, test=0, ood=0, perception=0)
     build_world(sizes, tmp_path)
-    with pytest.raises(StorageError, match="2 questions of seed 3, but 2 of seed 4"):
+    with pytest.raises(StorageError, match="2 questions of seed 3 in version 2, but 2 of seed 4"):
         build_world(replace(sizes, seed=4), tmp_path)
 
 

@@ -25,7 +25,7 @@ from polyground.records import Example, Message
 from polyground.sources import ABOUT_ROWS, SOURCES, BadRow, Item, chosen, read_source, scan_source
 from polyground.sources.reading import require_none_bad
 from polyground.storage import MANIFEST, RunFolder, made_alike, read_manifest, take_over
-from polyground.worlds.build import SCENES, SPLITS, annotation_path
+from polyground.worlds.build import CHOICE, SCENES, SPLITS, WORLD_VERSION, annotation_path
 
 if TYPE_CHECKING:
     from polyground.benchmarks import Annotation
@@ -149,7 +149,33 @@ def require(recipe: Recipe, folder: str) -> Path:
 
 def world_splits(recipe: Recipe) -> list[str]:
     """Splits the simulated world has to provide: those with a size and without data of the user's own."""
-    return [split for split, plan in SPLITS.items() if getattr(recipe.world, plan.size) and not getattr(recipe.data, plan.size)]
+    return [
+        split
+        for split, plan in SPLITS.items()
+        if getattr(recipe.world, plan.size) and not getattr(recipe.data, plan.size.removesuffix(CHOICE))
+    ]
+
+
+def world_parts(recipe: Recipe, split: str) -> list[str]:
+    """The splits of the simulated world that make up one of the recipe: its multiple choices are a file of their own.
+
+    Raises DataError where there is none.
+    """
+    splits = world_splits(recipe)
+    parts = [part for part in (split, f"{split}{CHOICE}") if part in splits]
+    if not parts:
+        known = ", ".join([*own_splits(recipe), *splits]) or "none"
+        raise DataError(
+            f"the recipe has no split {split!r}: give data.{split} a file or world.{split} a size above 0; its splits: {known}"
+        )
+    return parts
+
+
+def _built_world(recipe: Recipe) -> Path:
+    world = recipe.out / "world"
+    if not (world / MANIFEST).is_file():
+        raise StorageError(f"{world}: the simulated world is not built; run `polyground world` with this recipe first")
+    return world
 
 
 def own_splits(recipe: Recipe) -> dict[str, list[DataSource]]:
@@ -190,12 +216,8 @@ def read_split(recipe: Recipe, split: str) -> list[Example]:
     if sources is not None:
         examples = [example for source in sources for example in read_source(source.source, source.path, **source.options)]
         return _with_unique_keys(examples, split)
-    if split not in world_splits(recipe):
-        raise DataError(f"the recipe has no split {split!r}: give data.{split} a file or world.{split} a size above 0")
-    world = recipe.out / "world"
-    if not (world / MANIFEST).is_file():
-        raise StorageError(f"{world}: the simulated world is not built; run `polyground world` with this recipe first")
-    return read_source(SPLITS[split].source, annotation_path(world, split), name=split)
+    parts, world = world_parts(recipe, split), _built_world(recipe)
+    return [e for part in parts for e in read_source(SPLITS[part].source, annotation_path(world, part), name=part)]
 
 
 def benchmark_rows(recipe: Recipe, split: str) -> Annotation | None:
@@ -234,14 +256,8 @@ def split_files(recipe: Recipe, split: str) -> list[DataSource]:
     sources = own_splits(recipe).get(split)
     if sources is not None:
         return sources
-    if split not in world_splits(recipe):
-        known = ", ".join([*own_splits(recipe), *world_splits(recipe)]) or "none"
-        raise DataError(f"the recipe has no split {split!r}; its splits: {known}")
-    world = recipe.out / "world"
-    if not (world / MANIFEST).is_file():
-        raise StorageError(f"{world}: the simulated world is not built; run `polyground world` with this recipe first")
-    path = annotation_path(world, split)
-    return [DataSource(source=SPLITS[split].source, path=path, options={"name": split})]
+    parts, world = world_parts(recipe, split), _built_world(recipe)
+    return [DataSource(source=SPLITS[part].source, path=annotation_path(world, part), options={"name": part}) for part in parts]
 
 
 def scan_options(source: DataSource) -> dict[str, Any]:
@@ -291,13 +307,14 @@ def split_identity(recipe: Recipe, split: str) -> Any:
         "source": f"simulated world, in the layout of {SPLITS[split].source}",
         "split": split,
         "seed": recipe.world.seed,
-        "questions": getattr(recipe.world, SPLITS[split].size),
+        "version": WORLD_VERSION,
+        "questions": {part: getattr(recipe.world, SPLITS[part].size) for part in world_parts(recipe, split)},
     }
 
 
-def scenes_path(recipe: Recipe, split: str) -> Path:
+def scene_paths(recipe: Recipe, split: str) -> list[Path]:
     """The facts behind a split of the simulated world, for the scripted teacher."""
-    return recipe.out / "world" / split / SCENES
+    return [recipe.out / "world" / part / SCENES for part in world_parts(recipe, split)]
 
 
 def _digest(path: Path) -> str | None:

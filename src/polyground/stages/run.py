@@ -26,7 +26,7 @@ from polyground.records import Example
 from polyground.stages import evaluation_splits, own_splits, scan_file, split_files, start_folders, world_splits
 from polyground.storage import MANIFEST, atomic_write_json, read_json, read_manifest
 from polyground.tokens import PromptCounter
-from polyground.worlds.build import SPLITS
+from polyground.worlds.build import CHOICE, SPLITS
 
 FIGURE = ("world", "synthesize", "sft", "merge", "reject", "grpo", "merge", "evaluate", "report")
 """`merge` stands twice: it merges whatever adapters there are by then."""
@@ -216,7 +216,7 @@ def _work(recipe: Recipe, verb: str) -> Iterator[str]:
         return _is_done_by(recipe, name) if verb == "run" else verb == name
 
     if wanted("world"):
-        splits = ", ".join(f"{split} {counts[split]:,}" for split in world_splits(recipe))
+        splits = ", ".join(f"{split} {counts[split]:,}" for split in world_splits(recipe) if not split.endswith(CHOICE))
         yield f"world       {splits or 'no split: all data are your own'}"
     if wanted("synthesize"):
         synthesize = recipe.synthesize
@@ -243,8 +243,9 @@ def _is_done_by(recipe: Recipe, verb: str) -> bool:
 
 def _rows_of(recipe: Recipe, split: str) -> int | None:
     """Questions of a split; None where a file is missing, damaged or too large to be counted in passing."""
-    if split in world_splits(recipe):
-        return int(getattr(recipe.world, SPLITS[split].size))
+    splits = world_splits(recipe)
+    if split in splits:
+        return sum(int(getattr(recipe.world, SPLITS[part].size)) for part in (split, f"{split}{CHOICE}") if part in splits)
     total = 0
     for file in own_splits(recipe)[split]:
         if not file.path.is_file() or file.path.stat().st_size > COUNTED_BYTES:

@@ -28,7 +28,7 @@ from polyground.rewards import Scorer
 from polyground.rollout import Ask, Group, is_confirmed, rollout_groups
 from polyground.sampling import Sampler, sample_seed
 from polyground.sampling.scripted import ScriptedSampler
-from polyground.stages import own_splits, read_split, scenes_path, split_identity, stage_folder, track
+from polyground.stages import own_splits, read_split, scene_paths, split_identity, stage_folder, track
 from polyground.storage import RunFolder
 from polyground.vision import canvas_of
 from polyground.worlds.teacher import read_scene_rows, row_of, scripted_completion
@@ -177,7 +177,7 @@ def _scripted(recipe: Recipe, split: str, examples: Sequence[Example]) -> tuple[
             "synthesize.teacher is scripted, which knows the simulated world only; for data of your own set "
             "synthesize.teacher to endpoint, with synthesize.teacher_base_url and synthesize.teacher_model"
         )
-    rows = read_scene_rows(scenes_path(recipe, split))
+    rows = {key: row for path in scene_paths(recipe, split) for key, row in read_scene_rows(path).items()}
     by_key: Mapping[str, Example] = {example.key: example for example in examples}
     rate = recipe.synthesize.error_rate
 

@@ -35,6 +35,7 @@ from polyground.sources.reading import NAMED, current_row
 from polyground.splits import ImageHashes, Leak, find_leaks
 from polyground.stages import aligned, own_splits, scan_file, source_options, split_files, track, world_splits
 from polyground.tokens import PromptCounter
+from polyground.worlds.build import CHOICE
 
 TRAINING, HELD_OUT = ("train", "rl"), ("test", "ood", "perception")
 """Splits that must share no image: the first with the second."""
@@ -172,6 +173,8 @@ def _recipe_splits(recipe: Recipe) -> tuple[dict[str, list[DataSource]], list[st
     splits = {name: list(files) for name, files in own_splits(recipe).items()}
     unbuilt = []
     for split in world_splits(recipe):
+        if split.endswith(CHOICE):
+            continue  # a file of the split it goes with
         try:
             splits[split] = split_files(recipe, split)
         except StorageError:

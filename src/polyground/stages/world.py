@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from polyground.config import Recipe
 from polyground.stages import stage_folder, world_splits
-from polyground.worlds.build import SPLITS, build_world
+from polyground.worlds.build import SPLITS, WORLD_VERSION, build_world
 
 
 def run(recipe: Recipe) -> Mapping[str, Any]:
@@ -18,7 +18,7 @@ def run(recipe: Recipe) -> Mapping[str, Any]:
     wanted = world_splits(recipe)
     groups = {SPLITS[split].size for split in wanted}
     sizes = recipe.world.model_copy(update={plan.size: 0 for plan in SPLITS.values() if plan.size not in groups})
-    with stage_folder(recipe, "world", "world", {"world": sizes.to_json()}) as folder:
+    with stage_folder(recipe, "world", "world", {"world": sizes.to_json(), "version": WORLD_VERSION}) as folder:
         if folder.complete:
             return folder.summary
         columns = (TextColumn("world {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

@@ -20,14 +20,17 @@ from polyground.errors import DataError, StorageError
 from polyground.geometry import Box
 from polyground.storage import atomic_write_json, atomic_write_text, read_json
 from polyground.worlds.language import CHOOSE, TASKS
-from polyground.worlds.perception import BLINK_TASKS, MMIU_TASKS, ChoiceQuestion, ask_choice
+from polyground.worlds.perception import BLINK_TASKS, MMIU_TASKS, PRACTICE_TASKS, ChoiceQuestion, ask_choice
 from polyground.worlds.scenes import Scene, describe
 from polyground.worlds.tasks import SEVERAL_IMAGES, Draw, Picture, Question, ask
 
 ANNOTATIONS = {"mig_bench": "MIG_data.json", "blink": "blink.jsonl", "mmiu": "mmiu.json"}
 """File name of the annotation by its format, which is also the name of the reader in `sources`."""
 SCENES = "scenes.jsonl"
-"""One row per question of a grounding split, in the annotation's order: what the scripted teacher knows."""
+"""One row per question of a split that is for training, in the annotation's order: what the scripted teacher knows."""
+
+WORLD_VERSION = 2
+"""Goes up when the same seed would write other questions or images: results on different worlds do not compare."""
 
 _ABOUT = "about.json"
 _ATTEMPTS = 100
@@ -44,6 +47,10 @@ class WorldSizes(Protocol):
     def train(self) -> int: ...
     @property
     def rl(self) -> int: ...
+    @property
+    def train_choice(self) -> int: ...
+    @property
+    def rl_choice(self) -> int: ...
     @property
     def validation(self) -> int: ...
     @property
@@ -71,6 +78,8 @@ class SplitPlan:
 SPLITS: Mapping[str, SplitPlan] = {
     "train": SplitPlan(size="train"),
     "rl": SplitPlan(size="rl"),
+    "train_choice": SplitPlan(size="train_choice", source="blink", tasks=PRACTICE_TASKS),
+    "rl_choice": SplitPlan(size="rl_choice", source="blink", tasks=PRACTICE_TASKS),
     "validation": SplitPlan(size="validation"),
     "test": SplitPlan(size="test"),
     "ood_pairs": SplitPlan(size="ood", draw=Draw(target="held_out", others="any")),
@@ -81,6 +90,10 @@ SPLITS: Mapping[str, SplitPlan] = {
     "perception_mmiu": SplitPlan(size="perception", source="mmiu", tasks=MMIU_TASKS),
 }
 """All splits, in the order they are written. Only the four `ood_` splits leave the domain of training."""
+
+
+CHOICE = "_choice"
+"""Ends the name of a split with the multiple choices that go with the split named before it."""
 
 
 def build_world(config: WorldSizes, out: str | Path, progress: Progress | None = None) -> dict[str, Path]:
@@ -114,10 +127,11 @@ def _complete(folder: Path, plan: SplitPlan, *, size: int, seed: int) -> bool:
     if not (folder / ANNOTATIONS[plan.source]).exists():
         return False
     about = read_json(folder / _ABOUT)
-    if (about.get("questions"), about.get("seed")) != (size, seed):
-        found = f"{about.get('questions')} questions of seed {about.get('seed')}"
+    if (about.get("questions"), about.get("seed"), about.get("version")) != (size, seed, WORLD_VERSION):
+        found = f"{about.get('questions')} questions of seed {about.get('seed')} in version {about.get('version', 1)}"
         raise StorageError(
-            f"{folder}: holds {found}, but {size} of seed {seed} are asked for; delete the folder or choose another"
+            f"{folder}: holds {found}, but {size} of seed {seed} in version {WORLD_VERSION} are asked for; "
+            "delete the folder or choose another"
         )
     return True
 
@@ -146,6 +160,8 @@ def _write_split(
             else:
                 write = _blink_row if plan.source == "blink" else _mmiu_row
                 rows.append(write(question, names, f"{split}_{task}_{positions[task]}"))
+                if question.image is not None:
+                    scenes.append(choice_row(question, names, key=f"{task}/{positions[task]}"))
             positions[task] += 1
             if progress is not None:
                 progress(split, index + 1, size)
@@ -155,7 +171,9 @@ def _write_split(
         ) from error
     if scenes:
         atomic_write_text(folder / SCENES, "".join(json.dumps(row) + "\n" for row in scenes))
-    atomic_write_json(folder / _ABOUT, {"split": split, "source": plan.source, "questions": size, "seed": seed})
+    atomic_write_json(
+        folder / _ABOUT, {"split": split, "source": plan.source, "questions": size, "seed": seed, "version": WORLD_VERSION}
+    )
     annotation = folder / ANNOTATIONS[plan.source]
     if annotation.suffix == ".jsonl":
         atomic_write_text(annotation, "".join(json.dumps(row) + "\n" for row in rows))
@@ -236,6 +254,22 @@ def scene_row(question: Question, names: Sequence[str], *, key: str) -> dict[str
         "target": {"image": question.image, "item": target},
         "facts": dict(question.facts),
         "looked_at": list(question.looked_at),
+    }
+
+
+def choice_row(question: ChoiceQuestion, names: Sequence[str], *, key: str) -> dict[str, Any]:
+    """The same for a multiple choice about one of its images."""
+    pictures = [
+        {"path": name, "items": _item_rows(picture.scene)} for name, picture in zip(names, question.pictures, strict=True)
+    ]
+    return {
+        "key": key,
+        "task": question.task,
+        "images": pictures,
+        "target": {"image": question.image, "choice": question.letter},
+        "choices": list(question.choices),
+        "facts": dict(question.facts),
+        "looked_at": [question.image],
     }
 
 

@@ -124,6 +124,24 @@ PERCEPTION: Mapping[str, str] = {
 }
 """Question templates of the multiple-choice sets, by sub-task; the first four in BLINK's layout, the others in MMIU's."""
 
+PRACTICE: Mapping[str, tuple[str, ...]] = {
+    "colour": ("What colour is the {shape}{where}?", "Which colour has the {shape}{where}?"),
+    "shape": ("What shape is the {colour} object{where}?", "Which shape has the {colour} object{where}?"),
+    "size": ("What size is the {phrase}{where}?", "Which size has the {phrase}{where}?"),
+    "count": ("How many objects are there{where}?", "Count the objects{where}. How many?"),
+    "contents": ("Which object is there{where}?", "Which of these can be seen{where}?"),
+}
+"""Multiple-choice questions for training, by kind; none of them asks what the perception sets ask. {where} names an image."""
+
+PRACTICE_CONCLUSIONS: Mapping[str, str] = {
+    "colour": "The {shape} is {colour}.",
+    "shape": "The {colour} object is a {shape}.",
+    "size": "The {phrase} is {size}.",
+    "count": "There are {count} objects.",
+    "contents": "The {phrase} is there.",
+}
+"""How the teacher ends its reasoning about them."""
+
 SPATIAL_CHOICES = ("left", "right", "above", "below")
 CHOOSE = "Select from the following choices."
 
@@ -200,8 +218,9 @@ def corpus(rng: random.Random) -> Iterator[str]:
 
 
 def every_template() -> tuple[str, ...]:
-    """All question templates, training, unseen, perception and pretraining alike."""
+    """All question templates, training, unseen, perception, practice and pretraining alike."""
     banks: list[Sequence[str]] = [
+        *PRACTICE.values(),
         *QUESTIONS.values(),
         *UNSEEN_QUESTIONS.values(),
         *RELATIONS.values(),
@@ -245,6 +264,9 @@ def _fill(template: str, rng: random.Random) -> str:
         other=_random_phrase(rng),
         shape=rng.choice(SHAPES),
         colour=rng.choice(COLOURS),
+        size=rng.choice(SIZES),
+        count=rng.choice(NUMBER_WORDS),
+        where=rng.choice(("", f" in image {number}")),
     )
 
 
@@ -257,7 +279,8 @@ def _random_thought(rng: random.Random) -> str:
     lines = [contents(n, [_random_phrase(rng) for _ in range(rng.randint(0, 4))]) for n in range(1, rng.randint(2, 5))]
     if rng.random() < 0.05:
         lines.append(_fill(rng.choice(LEAKS), rng))
-    return " ".join([*lines, _fill(rng.choice(tuple(CONCLUSIONS.values())), rng)])
+    bank = CONCLUSIONS if rng.random() < 0.8 else PRACTICE_CONCLUSIONS
+    return " ".join([*lines, _fill(rng.choice(tuple(bank.values())), rng)])
 
 
 def _random_answer(rng: random.Random) -> str:
@@ -277,7 +300,7 @@ def _random_native(rng: random.Random) -> str:
 
 
 def _random_choices(rng: random.Random) -> str:
-    kind = rng.randrange(5)
+    kind = rng.randrange(6)
     count = 4
     if kind == 0:
         options = [_random_phrase(rng) for _ in range(count)]
@@ -287,11 +310,14 @@ def _random_choices(rng: random.Random) -> str:
         options = [str(rng.randint(0, 16)) for _ in range(count)]
     elif kind == 3:
         options = rng.sample(NUMBER_WORDS, count)
+    elif kind == 4:
+        options = rng.sample(rng.choice((COLOURS, SHAPES)), count)
     else:
         options = [rng.choice((f"Image {n}", f"the {ordinal(n)} image")) for n in rng.sample(range(1, 7), count)]
     lettered = rng.choice(("({}) {}", "{}: {}", "{}. {}"))
     lines = [lettered.format("ABCDEF"[i], option) for i, option in enumerate(options)]
-    return "\n".join([_fill(rng.choice(tuple(PERCEPTION.values())), rng), rng.choice(("", CHOOSE)), *lines]).replace("\n\n", "\n")
+    asked = rng.choice((*PERCEPTION.values(), *(template for bank in PRACTICE.values() for template in bank)))
+    return "\n".join([_fill(asked, rng), rng.choice(("", CHOOSE)), *lines]).replace("\n\n", "\n")
 
 
 def _random_dialogue(rng: random.Random) -> str:

@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from random import Random
+from typing import Any
 
-from polyground.worlds.language import NUMBER_WORDS, PERCEPTION, SPATIAL_CHOICES, ordinal
-from polyground.worlds.scenes import CrowdedError, Look, Scene, arrange, describe, sample_look
+from polyground.worlds.language import NUMBER_WORDS, PERCEPTION, PRACTICE, SPATIAL_CHOICES, ordinal
+from polyground.worlds.scenes import (
+    COLOURS,
+    HELD_OUT_PAIRS,
+    SHAPES,
+    SIZES,
+    CrowdedError,
+    Item,
+    Look,
+    Scene,
+    arrange,
+    describe,
+    sample_look,
+)
 from polyground.worlds.tasks import CLEAR, Draw, Picture, UnluckyError, distinct_scene, find
 
 BLINK_TASKS = ("Counting", "Visual_Similarity", "Spatial_Relation", "Odd_One_Out")
 MMIU_TASKS = ("image_retrieval", "image_counting", "common_object", "most_objects")
+PRACTICE_TASKS = tuple(PRACTICE)
+"""Kinds of question to train on: they read one image of several, and none of them asks what the two sets above ask."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,6 +39,10 @@ class ChoiceQuestion:
     choices: tuple[str, ...]
     right: int
     """Position of the right choice, from 0."""
+    image: int | None = None
+    """1-based number of the one image that has to be looked at, where there is one."""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """What the teacher's conclusion needs; empty for questions that are never taught."""
 
     @property
     def letter(self) -> str:
@@ -34,7 +53,7 @@ def ask_choice(rng: Random, task: str, draw: Draw) -> ChoiceQuestion:
     """One question of a sub-task; scenes are drawn until one can be asked without ambiguity. At most four images."""
     while True:
         try:
-            return _GENERATORS[task](rng, draw)
+            return _practice(rng, task, draw) if task in PRACTICE else _GENERATORS[task](rng, draw)
         except (UnluckyError, CrowdedError):
             continue
 
@@ -112,6 +131,66 @@ def _most_objects(rng: Random, draw: Draw) -> ChoiceQuestion:
     right = rng.randrange(count)
     numbers = [most if i == right else rng.randint(1, most - 1) for i in range(count)]
     return _of_images("most_objects", [distinct_scene(rng, draw, [], number) for number in numbers], right)
+
+
+def _practice(rng: Random, task: str, draw: Draw) -> ChoiceQuestion:
+    scenes = [distinct_scene(rng, draw, [], rng.randint(1, 4)) for _ in range(rng.randint(*draw.images))]
+    number = rng.randint(1, len(scenes))
+    text, choices, right, facts = about_scene(rng, task, scenes[number - 1], where=f" in image {number}")
+    return ChoiceQuestion(
+        task=task,
+        pictures=tuple(Picture(scene) for scene in scenes),
+        text=text,
+        choices=choices,
+        right=right,
+        image=number,
+        facts=facts,
+    )
+
+
+def about_scene(rng: Random, task: str, scene: Scene, *, where: str = "") -> tuple[str, tuple[str, ...], int, dict[str, Any]]:
+    """A question of PRACTICE about one scene: text, choices, position of the right one, and the facts of its conclusion.
+
+    Raises UnluckyError where the scene does not allow it.
+    """
+    item = _told_apart(rng, task, scene)
+    phrase = describe(item, scene)
+    facts: dict[str, Any] = {"conclusion": task, "phrase": phrase}
+    match task:
+        case "colour" | "shape":
+            bank = COLOURS if task == "colour" else SHAPES
+            right = getattr(item, task)
+            choices = [*rng.sample([word for word in bank if word != right], 3), right]
+            facts |= {"colour": item.colour, "shape": item.shape}
+        case "size":
+            right, choices = item.size, list(SIZES)
+            facts |= {"phrase": _pair(item.look), "size": item.size}
+        case "count":
+            start = rng.randint(max(0, len(scene.items) - 3), min(len(scene.items), len(NUMBER_WORDS) - 4))
+            right, choices = NUMBER_WORDS[len(scene.items)], list(NUMBER_WORDS[start : start + 4])
+            facts |= {"count": right}
+        case _:
+            right = _pair(item.look)
+            there = {_pair(other.look) for other in scene.items}
+            pairs = [f"{c} {s}" for c in COLOURS for s in SHAPES if item.look.held_out or (c, s) not in HELD_OUT_PAIRS]
+            choices = [*rng.sample([pair for pair in pairs if pair not in there], 3), right]
+    if task != "count":
+        rng.shuffle(choices)
+    words = {**facts, "colour": item.colour, "shape": item.shape, "where": where}
+    return rng.choice(PRACTICE[task]).format(**words), tuple(choices), choices.index(right), facts
+
+
+def _told_apart(rng: Random, task: str, scene: Scene) -> Item:
+    """An object that the words of the question fit alone."""
+    said = {"colour": ("shape",), "shape": ("colour",), "size": ("colour", "shape")}.get(task, ())
+
+    def words(item: Item) -> tuple[str, ...]:
+        return tuple(getattr(item, word) for word in said)
+
+    alone = [item for item in scene.items if not said or sum(words(other) == words(item) for other in scene.items) == 1]
+    if not alone:
+        raise UnluckyError("no object of the scene can be named so")
+    return rng.choice(alone)
 
 
 _GENERATORS: dict[str, Callable[[Random, Draw], ChoiceQuestion]] = {

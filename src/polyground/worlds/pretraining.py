@@ -10,9 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
 
-from polyground.geometry import PER_MILLE
+from polyground.geometry import PER_MILLE, Box
 from polyground.worlds import language
+from polyground.worlds.perception import PRACTICE_TASKS, about_scene
 from polyground.worlds.scenes import Item, Scene, describe, name, sample_scene
+from polyground.worlds.tasks import UnluckyError
+
+Named = tuple[tuple[str, Box], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +28,8 @@ class Sample:
     prompt: str
     """The question; empty for plain text, which is learned whole."""
     completion: str
+    named: Named = ()
+    """Phrases of the question and then of the completion, in their order, each with the box of the object it means."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,11 +39,14 @@ class Mix:
     listing: float = 0.45
     finding: float = 0.20
     several: float = 0.28
+    naming: float = 0.0
+    choosing: float = 0.0
     text: float = 0.07
 
 
 _LIST_ONE = ("List every object.", "List every object in image 1.", "Outline the position of each object.")
 _FIND_ONE = ("Find the {phrase}.", "Locate the {phrase}.", "Find the {phrase} in image 1.", "Where is the {phrase}?")
+_NAME_ONE = ("What is in the image?", "Describe the image.")
 _FIND_IN = ("Find the {phrase} in image {n}.", "Locate the {phrase} in the {nth} image.")
 _LIST_IN = ("List every object in image {n}.", "List every object in the {nth} image.")
 _CONTENTS_ALL = ("What is in the images?", "Describe the images.", "What is in each image?")
@@ -66,29 +75,44 @@ def _list_one(rng: Random, scene: Scene) -> tuple[str, str]:
     return rng.choice(_LIST_ONE), native_list(scene.items, [name(item) for item in scene.items])
 
 
-def _about_several(rng: Random, scenes: Sequence[Scene]) -> tuple[str, str]:
+def _choose_one(rng: Random, scene: Scene) -> tuple[str, str]:
+    """A multiple choice about one image, answered by its letter."""
+    while True:
+        try:
+            text, choices, right, _ = about_scene(rng, rng.choice(PRACTICE_TASKS), scene)
+        except UnluckyError:
+            continue
+        lettered = [f"({letter}) {choice}" for letter, choice in zip("ABCD", choices, strict=False)]
+        return "\n".join([text, *lettered]), "ABCD"[right]
+
+
+def _about_several(rng: Random, scenes: Sequence[Scene]) -> tuple[str, str, Named]:
     n = rng.randint(1, len(scenes))
     scene, nth = scenes[n - 1], language.ordinal(n)
     match rng.choices(("list", "contents", "which", "find", "name", "one"), (0.26, 0.26, 0.14, 0.2, 0.08, 0.06))[0]:
         case "list":
-            return rng.choice(_LIST_IN).format(n=n, nth=nth), native_list(scene.items, [name(item) for item in scene.items])
+            return rng.choice(_LIST_IN).format(n=n, nth=nth), native_list(scene.items, [name(item) for item in scene.items]), ()
         case "contents":
             lines = [language.contents(k, [describe(item, s) for item in s.items]) for k, s in enumerate(scenes, start=1)]
-            return rng.choice(_CONTENTS_ALL), " ".join(lines)
+            return rng.choice(_CONTENTS_ALL), " ".join(lines), tuple(named for s in scenes for named in _named(s))
         case "find":
             item = rng.choice(scene.items)
             phrase = describe(item, scene)
-            return rng.choice(_FIND_IN).format(phrase=phrase, n=n, nth=nth), native_list([item], [phrase])
+            return rng.choice(_FIND_IN).format(phrase=phrase, n=n, nth=nth), native_list([item], [phrase]), ((phrase, item.box),)
         case "name":
             item = rng.choice(scene.items)
             box = json.dumps(list(PER_MILLE.write(item.box)))
-            return f"What is at {box} in image {n}?", f"The {describe(item, scene)}."
+            return f"What is at {box} in image {n}?", f"The {describe(item, scene)}.", ()
         case "which":
             item = rng.choice(scene.items)
             pair = f"{item.colour} {item.shape}"
             if sum((other.colour, other.shape) == (item.colour, item.shape) for s in scenes for other in s.items) == 1:
-                return rng.choice(_WHICH).format(phrase=pair), f"The {pair} is in image {n}."
-    return f"What is in image {n}?", language.contents(n, [describe(item, scene) for item in scene.items])
+                return rng.choice(_WHICH).format(phrase=pair), f"The {pair} is in image {n}.", ((pair, item.box),)
+    return f"What is in image {n}?", language.contents(n, [describe(item, scene) for item in scene.items]), _named(scene)
+
+
+def _named(scene: Scene) -> Named:
+    return tuple((describe(item, scene), item.box) for item in scene.items)
 
 
 def sample_step(rng: Random, *, scenes: int, samples: int, mix: Mix) -> tuple[list[Scene], list[Sample]]:
@@ -96,7 +120,8 @@ def sample_step(rng: Random, *, scenes: int, samples: int, mix: Mix) -> tuple[li
     drawn = [sample_scene(rng) for _ in range(scenes)]
     texts = language.corpus(rng)
     made = []
-    kinds = rng.choices(("listing", "finding", "several", "text"), (mix.listing, mix.finding, mix.several, mix.text), k=samples)
+    shares = {kind: getattr(mix, kind) for kind in ("listing", "finding", "naming", "several", "choosing", "text")}
+    kinds = rng.choices(tuple(shares), tuple(shares.values()), k=samples)
     # Listing goes round the scenes, so that none of them is drawn for nothing.
     turn = 0
     for kind in kinds:
@@ -106,11 +131,18 @@ def sample_step(rng: Random, *, scenes: int, samples: int, mix: Mix) -> tuple[li
                 turn += 1
             case "finding":
                 shown = rng.randrange(scenes)
-                prompt, completion, _ = find_question(rng, drawn[shown])
-                made.append(Sample((shown,), prompt, completion))
+                prompt, completion, item = find_question(rng, drawn[shown])
+                made.append(Sample((shown,), prompt, completion, ((describe(item, drawn[shown]), item.box),)))
+            case "naming":
+                shown = rng.randrange(scenes)
+                phrases = language.contents(1, [phrase for phrase, _ in _named(drawn[shown])])
+                made.append(Sample((shown,), rng.choice(_NAME_ONE), phrases, _named(drawn[shown])))
             case "several":
                 shown_all = tuple(rng.sample(range(scenes), min(scenes, rng.choices((2, 3, 4), (0.4, 0.4, 0.2))[0])))
                 made.append(Sample(shown_all, *_about_several(rng, [drawn[k] for k in shown_all])))
+            case "choosing":
+                shown = rng.randrange(scenes)
+                made.append(Sample((shown,), *_choose_one(rng, drawn[shown])))
             case "text":
                 made.append(Sample((), "", next(texts)))
     return drawn, made

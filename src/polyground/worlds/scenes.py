@@ -1,7 +1,8 @@
 """Scenes of drawn shapes: sampled, rendered with exact boxes, and named in words.
 
 Every length is a whole number of pixels on a canvas of `CANVAS` pixels a side, so a box is tight to the drawn pixels
-by construction; `Item.box` gives it in unit coordinates.
+by construction; `Item.box` gives it in unit coordinates. One object may hide a part of another, but never so much that the
+box of what can be seen would differ.
 """
 
 from __future__ import annotations
@@ -57,6 +58,12 @@ _SIDES = {"small": (30, 38), "medium": (50, 60), "large": (76, 92)}
 """Longest side of an object in canvas pixels, lowest and highest."""
 _GAP = 3
 """Canvas pixels kept free between two boxes and along the edge."""
+OCCLUSION = 0.3
+"""Chance that the objects of a scene may overlap."""
+_OVERLAP = 0.3
+"""Share of the smaller of two boxes that they may have in common where overlap is allowed."""
+_COUNTS = (2, 4, 5, 5, 4, 3, 2, 2)
+"""How often a sampled scene has 1, 2, … 8 objects."""
 
 Pairs = Literal["seen", "held_out", "any"]
 """Which colour-shape pairs a scene may show: none held out, at least one held out, or any."""
@@ -78,7 +85,7 @@ class Look:
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """An object of a scene; `box` is tight to its drawn pixels."""
+    """An object of a scene; `box` is tight to its drawn pixels, and to those of them that can be seen."""
 
     shape: str
     colour: str
@@ -159,8 +166,11 @@ def sample_looks(
     return looks
 
 
-def place(rng: Random, look: Look, taken: Sequence[Box] = ()) -> Item:
-    """Put an object at a random free spot. Raises CrowdedError when none is found."""
+def place(rng: Random, look: Look, taken: Sequence[Box] = (), *, overlap: float = 0.0) -> Item:
+    """Put an object at a random spot that is free, or shares at most `overlap` of the smaller box with each of `taken`.
+
+    Raises CrowdedError when none is found.
+    """
     low, high = _SIDES[look.size]
     for _ in range(60):
         longest = rng.randint(low, high)
@@ -168,7 +178,7 @@ def place(rng: Random, look: Look, taken: Sequence[Box] = ()) -> Item:
         width, height = (longest, other) if rng.random() < 0.5 else (other, longest)
         x0, y0 = rng.randint(_GAP, CANVAS - _GAP - width), rng.randint(_GAP, CANVAS - _GAP - height)
         box = Box(x0 / CANVAS, y0 / CANVAS, (x0 + width) / CANVAS, (y0 + height) / CANVAS)
-        if not any(_near(box, there) for there in taken):
+        if not any(_near(box, there) and _shared(box, there) >= overlap for there in taken):
             return Item(look.shape, look.colour, look.size, look.texture, box)
     raise CrowdedError(f"no free spot of {low} pixels or more beside {len(taken)} objects")
 
@@ -178,29 +188,64 @@ def _near(a: Box, b: Box) -> bool:
     return a.x0 < b.x1 + gap and b.x0 < a.x1 + gap and a.y0 < b.y1 + gap and b.y0 < a.y1 + gap
 
 
-def arrange(
-    rng: Random, looks: Sequence[Look], *, background: str | None = None, clutter: int | None = None, fixed: Sequence[Item] = ()
-) -> Scene:
-    """A scene of `fixed` items where they lie and `looks` at random free spots; items come in reading order.
+def _shared(a: Box, b: Box) -> float:
+    """The share of the smaller box that lies in the other."""
+    width, height = min(a.x1, b.x1) - max(a.x0, b.x0), min(a.y1, b.y1) - max(a.y0, b.y0)
+    return max(0.0, width) * max(0.0, height) / min(a.area, b.area)
 
-    `background` and the number of `clutter` strokes are random when not given. Raises CrowdedError when it does not fit.
+
+def arrange(
+    rng: Random,
+    looks: Sequence[Look],
+    *,
+    background: str | None = None,
+    clutter: int | None = None,
+    fixed: Sequence[Item] = (),
+    occlusion: float = OCCLUSION,
+) -> Scene:
+    """A scene of `fixed` items where they lie and `looks` at random spots; items come in reading order, later ones in front.
+
+    `background` and the number of `clutter` strokes are random when not given. With chance `occlusion` objects may overlap.
+    Raises CrowdedError when it does not fit.
     """
+    overlap = _OVERLAP if rng.random() < occlusion else 0.0
     for attempt in range(20):
         items = list(fixed)
         try:
             for look in sorted(looks, key=lambda look: -SIZES.index(look.size)):
-                items.append(place(rng, look, [item.box for item in items]))
+                items.append(place(rng, look, [item.box for item in items], overlap=overlap))
         except CrowdedError:
             if attempt == 19:
                 raise
             continue
-        break
+        if overlap == 0 or boxes_are_seen(sorted(items, key=reading_order)):
+            break
+        if attempt >= 9:
+            overlap = 0.0
     return Scene(
         items=tuple(sorted(items, key=reading_order)),
         background=background or rng.choice(BACKGROUNDS),
         clutter=_sample_clutter(rng, rng.choice((0, 0, 3, 6, 10)) if clutter is None else clutter),
         light=round(rng.random(), 3),
     )
+
+
+def boxes_are_seen(items: Sequence[Item]) -> bool:
+    """Whether each box is tight to what can still be seen of its object when later items are drawn over earlier ones.
+
+    Objects of one colour may not overlap: no edge would be seen between them.
+    """
+    if any(a.colour == b.colour and _shared(a.box, b.box) > 0 for a, b in combinations(items, 2)):
+        return False
+    edges = [tuple(round(edge) for edge in item.box.to_pixels(width=CANVAS, height=CANVAS)) for item in items]
+    top = np.full((CANVAS, CANVAS), -1)
+    for number, (item, (x0, y0, x1, y1)) in enumerate(zip(items, edges, strict=True)):
+        top[y0:y1, x0:x1][np.asarray(_mask(item.shape, x1 - x0, y1 - y0)) > 0] = number
+    for number, (x0, y0, x1, y1) in enumerate(edges):
+        seen = top[y0:y1, x0:x1] == number
+        if not (seen[0].any() and seen[-1].any() and seen[:, 0].any() and seen[:, -1].any()):
+            return False
+    return True
 
 
 def _sample_clutter(rng: Random, count: int) -> tuple[Stroke, ...]:
@@ -224,11 +269,12 @@ def sample_scene(
     background: str | None = None,
     clutter: int | None = None,
 ) -> Scene:
-    """A scene of `count` objects (1 to 5 when not given), no two of the same look.
+    """A scene of `count` objects (1 to 8 when not given), no two of the same look.
 
     `include` names looks it must show, `avoid` looks it must not; `pairs` says which colour-shape pairs the others may have.
     """
-    count = count or rng.randint(max(1, len(include)), max(5, len(include)))
+    if count is None:
+        count = max(len(include), rng.choices(range(1, len(_COUNTS) + 1), _COUNTS)[0])
     if count < len(include):
         raise ValueError(f"a scene of {count} objects cannot include {len(include)} looks")
     while True:

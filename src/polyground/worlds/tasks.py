@@ -19,6 +19,7 @@ from polyground.worlds.scenes import (
     CANVAS,
     COLOURS,
     HELD_OUT_PAIRS,
+    OCCLUSION,
     SHAPES,
     CrowdedError,
     Item,
@@ -155,7 +156,7 @@ def _common_object(rng: Random, draw: Draw) -> Question:
 
 def _object_tracking(rng: Random, draw: Draw) -> Question:
     count = _image_count(rng, draw)
-    first = distinct_scene(rng, draw, [_target(rng, draw)], rng.randint(2, 3))
+    first = distinct_scene(rng, draw, [_target(rng, draw)], rng.randint(2, 3), apart=True)
     frames = [first]
     for _ in range(count - 1):
         frames.append(replace(first, items=_moved(rng, frames[-1].items)))
@@ -183,7 +184,7 @@ def _view_diff(rng: Random, draw: Draw) -> Question:
 
 def _multi_view(rng: Random, draw: Draw) -> Question:
     count = _image_count(rng, draw)
-    first = distinct_scene(rng, draw, [_target(rng, draw)], rng.randint(2, 3))
+    first = distinct_scene(rng, draw, [_target(rng, draw)], rng.randint(2, 3), apart=True)
     views = [first]
     for _ in range(count - 1):
         views.append(_seen_from_elsewhere(rng, first, scale=rng.uniform(0.88, 1.12), mirror=rng.random() < 0.5))
@@ -433,13 +434,17 @@ def distinct_scene(
     *,
     avoid: Sequence[Look] = (),
     unlike: Callable[[Look], bool] | None = None,
+    apart: bool = False,
 ) -> Scene:
-    """A scene of `count` objects, each the only one of its colour and shape there and unlike those of `avoid`."""
+    """A scene of `count` objects, each the only one of its colour and shape there and unlike those of `avoid`.
+
+    Objects that are to be moved or replaced stand `apart`; others may overlap.
+    """
     looks = list(include)
     taken = {(look.colour, look.shape) for look in [*include, *avoid]}
     for _ in range(400):
         if len(looks) == count:
-            return arrange(rng, looks, clutter=draw.clutter)
+            return arrange(rng, looks, clutter=draw.clutter, occlusion=0.0 if apart else OCCLUSION)
         [look] = _one_like(rng, looks, draw) if looks and rng.random() < 0.3 else sample_looks(rng, 1, pairs=draw.others)
         if (look.colour, look.shape) in taken or (unlike is not None and not unlike(look)):
             continue
@@ -536,7 +541,7 @@ def _seen_from_elsewhere(rng: Random, scene: Scene, *, scale: float, mirror: boo
 def _changed_pair(rng: Random, draw: Draw, *, changed_image: int | None = None) -> tuple[list[Picture], int, Item]:
     """Two images that differ in one object (replaced in its place, or there in one only), and the one to point at."""
     look = _target(rng, draw)
-    scene = distinct_scene(rng, draw, [look], rng.randint(2, 4))
+    scene = distinct_scene(rng, draw, [look], rng.randint(2, 4), apart=True)
     item = find(scene, look)
     number = changed_image or rng.randint(1, 2)
     rest = [other for other in scene.items if other != item]

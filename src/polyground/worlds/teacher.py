@@ -16,7 +16,7 @@ from polyground.errors import DataError
 from polyground.geometry import Box, Grid
 from polyground.records import Example
 from polyground.storage import read_rows
-from polyground.worlds.language import CONCLUSIONS, LEAKS, contents
+from polyground.worlds.language import CONCLUSIONS, LEAKS, PRACTICE_CONCLUSIONS, contents
 
 
 class Mistake(StrEnum):
@@ -56,6 +56,9 @@ def reason(row: Mapping[str, Any]) -> str:
     >>> reason(row)
     'Image 1: red star. Image 2: red star, blue ring. Image 1 shows the red star. It is in image 2.'
     """
+    if "choice" in row["target"]:
+        facts = row["facts"]
+        return " ".join([*_seen(row), PRACTICE_CONCLUSIONS[facts["conclusion"]].format(**facts)])
     return _reasoning(row, image=row["target"]["image"], phrase=row["facts"]["phrase"])
 
 
@@ -70,14 +73,15 @@ def scripted_completion(
 
 def mistaken_completion(row: Mapping[str, Any], example: Example, grids: Sequence[Grid], rng: Random, mistake: Mistake) -> str:
     """A completion with one mistake. Where the right image has no other object, WRONG_OBJECT falls back to WRONG_IMAGE."""
+    if example.target.choice is not None:
+        return _mistaken_choice(row, example, grids, rng, mistake)
     match mistake:
         case Mistake.WRONG_OBJECT | Mistake.WRONG_IMAGE:
             image, item = _another_item(row, rng, same_image=mistake is Mistake.WRONG_OBJECT)
             answer = Answer((Located(image, Box(*item["box"])),))
             return write_completion(_reasoning(row, image=image, phrase=item["phrase"]), answer, grids)
         case Mistake.MALFORMED:
-            whole = write_completion(reason(row), example.target, grids)
-            return rng.choice((whole.removesuffix("]</answer>"), whole.replace("<answer>", ""), reason(row)))
+            return _malformed(row, example, grids, rng)
         case Mistake.COORDINATES | Mistake.GROUND_TRUTH:
             [located] = example.target.boxes
             box = list(grids[row["target"]["image"] - 1].write(located.box))
@@ -85,10 +89,32 @@ def mistaken_completion(row: Mapping[str, Any], example: Example, grids: Sequenc
             return write_completion(f"{reason(row)} {rng.choice(leaks).format(box=box)}", example.target, grids)
 
 
+def _mistaken_choice(row: Mapping[str, Any], example: Example, grids: Sequence[Grid], rng: Random, mistake: Mistake) -> str:
+    """There is no box to leak or to miss: another letter, or one of the other mistakes."""
+    right = example.target.choice or ""
+    match mistake:
+        case Mistake.MALFORMED:
+            return _malformed(row, example, grids, rng)
+        case Mistake.GROUND_TRUTH:
+            leak = rng.choice([leak for leak in LEAKS if "{box}" not in leak])
+            return write_completion(f"{reason(row)} {leak}", example.target, grids)
+    letters = [letter for letter in "ABCDEF"[: len(row["choices"])] if letter != right]
+    return write_completion(reason(row), Answer(choice=rng.choice(letters)), grids)
+
+
+def _malformed(row: Mapping[str, Any], example: Example, grids: Sequence[Grid], rng: Random) -> str:
+    whole = write_completion(reason(row), example.target, grids)
+    cut = whole[: whole.index("</answer>") - 1]
+    return rng.choice((cut, whole.replace("<answer>", ""), reason(row)))
+
+
 def _reasoning(row: Mapping[str, Any], *, image: int, phrase: str) -> str:
     facts = {**row["facts"], "phrase": phrase, "n": image}
-    seen = [contents(n, [item["phrase"] for item in row["images"][n - 1]["items"]]) for n in row["looked_at"]]
-    return " ".join([*seen, CONCLUSIONS[facts["conclusion"]].format(**facts)])
+    return " ".join([*_seen(row), CONCLUSIONS[facts["conclusion"]].format(**facts)])
+
+
+def _seen(row: Mapping[str, Any]) -> list[str]:
+    return [contents(n, [item["phrase"] for item in row["images"][n - 1]["items"]]) for n in row["looked_at"]]
 
 
 def _another_item(row: Mapping[str, Any], rng: Random, *, same_image: bool) -> tuple[int, Mapping[str, Any]]:
