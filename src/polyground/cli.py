@@ -142,8 +142,13 @@ def _pretrain(path: Path, options: Sequence[str]) -> int:
         return 0
     if options:
         raise ConfigError(f"pretrain takes its keys from {path} alone; {options[0]!r} is not understood")
-    _say("pretrain", run(config))
+    _say("pretrain", run(config, _tell_point))
     return 0
+
+
+def _tell_point(point: Mapping[str, float]) -> None:
+    """A point of the curve, as it is reached: this stage takes an hour or two."""
+    print("pretrain: " + "  ".join(f"{name} {value:g}" for name, value in point.items()), file=sys.stderr, flush=True)
 
 
 def _verb_help(verb: str) -> str:

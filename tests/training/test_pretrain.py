@@ -1,3 +1,4 @@
+from dataclasses import astuple
 from importlib.resources import files
 from pathlib import Path
 from random import Random
@@ -11,9 +12,9 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from polyground.errors import ConfigError
 from polyground.stages.pretrain import load_config, run
 from polyground.training.pretrain import FastVision, normalised, read, schedule
-from polyground.training.pretrain_data import TOKENS_PER_IMAGE, Encoder, patches
-from polyground.worlds.pretraining import Sample
-from polyground.worlds.scenes import render, sample_scene
+from polyground.training.pretrain_data import TOKENS_PER_IMAGE, Encoder, label_cells, patches
+from polyground.worlds.pretraining import Mix, Sample, sample_step
+from polyground.worlds.scenes import SHAPES, render, sample_scene
 
 TINY = Path(str(files("polyground"))) / "models" / "tiny"
 
@@ -43,6 +44,36 @@ def test_an_image_takes_its_tokens_and_digits_stand_alone() -> None:
     encoder = Encoder(TINY / "tokenizer.json")
     assert encoder.ids(encoder.prompt(2, "Find it.")).count(encoder.image_id) == 2 * TOKENS_PER_IMAGE
     assert len(encoder.ids("937")) == 3
+
+
+def test_a_token_that_opens_a_box_or_ends_a_phrase_has_the_box_of_its_object() -> None:
+    encoder = Encoder(TINY / "tokenizer.json")
+    scenes, samples = sample_step(Random(1), scenes=12, samples=60, mix=Mix(naming=0.3, choosing=0.1))
+    openings = phrases = 0
+    for sample in samples:
+        ids, _ = encoder.row(sample)
+        # Per-mille figures in the answer, exact ones for phrases.
+        boxes = {tuple(round(edge, 2) for edge in astuple(item.box)) for k in sample.images for item in scenes[k].items}
+        for token, box in encoder.located(sample):
+            assert any(max(abs(a - b) for a, b in zip(box, there, strict=True)) < 0.01 for there in boxes)
+            text = encoder.decode([ids[token]]).strip()
+            openings += text.endswith("[")
+            phrases += text in SHAPES
+            assert text.endswith("[") or text in SHAPES
+    assert openings > 30
+    assert phrases > 30
+
+
+def test_plain_text_points_at_nothing() -> None:
+    encoder = Encoder(TINY / "tokenizer.json")
+    assert encoder.located(Sample((), "", '[{"bbox_2d": [1, 2, 30, 40], "label": "red star"}]')) == []
+
+
+def test_the_cells_of_a_scene_know_where_in_the_image_their_object_lies() -> None:
+    scene = sample_scene(Random(2), count=1)
+    cells = label_cells([scene])
+    assert cells.present_SK.sum() == 1
+    assert cells.edges_SK4[cells.present_SK][0] == pytest.approx(astuple(scene.items[0].box))
 
 
 def test_the_learning_rate_rises_then_falls() -> None:

@@ -44,6 +44,10 @@ class PretrainConfig(BaseModel):
     mix_listing: float = 0.45
     mix_finding: float = 0.20
     mix_several: float = 0.26
+    mix_naming: float = 0.0
+    """The objects of one image named in words."""
+    mix_choosing: float = 0.0
+    """Multiple choices about one image, answered by a letter."""
     mix_text: float = 0.07
     optimiser: Literal["muon", "adamw"] = "muon"
     """Muon learns the weight matrices inside the blocks; AdamW everything else, or everything."""
@@ -56,8 +60,10 @@ class PretrainConfig(BaseModel):
     warmup_steps: int = 30
     dense_weight: float = 0.3
     """Weight of the dense loss in the second phase."""
+    box_weight: float = 20.0
+    """Weight, in the second phase, of the distance of boxes read linearly off tokens that open them or name their object."""
     max_grad_norm: float = 1.0
-    held_out: int = 64
+    held_out: int = 256
     """Held-out questions watched while training."""
     measured: int = 200
     """Held-out questions of each kind answered freely at the end."""

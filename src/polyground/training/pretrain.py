@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import Qwen3VLForConditionalGeneration
 from transformers.models.qwen3_vl.modeling_qwen3_vl import apply_rotary_pos_emb_vision
 
-from polyground.geometry import PER_MILLE, iou
+from polyground.geometry import PER_MILLE, Box, iou
 from polyground.training.pretrain_data import CELLS, IGNORED, MERGE, Cells, Encoder, Plan, Rows, Step, patches, steps_ahead
 from polyground.worlds.pretraining import Mix, Sample, find_question
 from polyground.worlds.scenes import COLOURS, SHAPES, SIZES, TEXTURES, render, sample_scene
@@ -88,13 +88,21 @@ def dense_loss(head: nn.Module, merged: Tensor, cells: Cells) -> Tensor:
     return loss + 20 * F.smooth_l1_loss(found[:, at:], edges, beta=0.02)
 
 
-def text_loss(model: Qwen3VLForConditionalGeneration, merged: Tensor, deep: list[Tensor], rows: Rows) -> tuple[Tensor, Tensor]:
+def text_loss(model: Qwen3VLForConditionalGeneration, hidden: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
     """Summed next-token loss of the learned tokens, and the tokens predicted in their place, row after row."""
-    hidden = read(model, merged, deep, rows)
     labels = torch.from_numpy(rows.labels_BT)[:, 1:]
     learned = labels != IGNORED
     logits, wanted = model.lm_head(hidden[:, :-1][learned]).float(), labels[learned]
     return F.cross_entropy(logits, wanted, reduction="sum"), logits.argmax(-1)
+
+
+def box_loss(head: nn.Module, hidden: Tensor, rows: Rows) -> Tensor:
+    """Summed distance of the boxes read linearly off the tokens that open them, or that end a phrase for their object.
+
+    It says where a phrase points before any figure is written, and is less noisy than figures one by one.
+    """
+    found = head(hidden.flatten(0, 1)[torch.from_numpy(rows.located_N)]).float()
+    return F.smooth_l1_loss(found, torch.from_numpy(rows.boxes_N4), beta=0.02, reduction="sum") / 4
 
 
 def read(model: Qwen3VLForConditionalGeneration, merged: Tensor, deep: list[Tensor], rows: Rows) -> Tensor:
@@ -119,7 +127,7 @@ def read(model: Qwen3VLForConditionalGeneration, merged: Tensor, deep: list[Tens
 class Optimisers:
     """Muon for the weight matrices inside the blocks, AdamW for embeddings, norms, biases and heads."""
 
-    def __init__(self, model: nn.Module, head: nn.Module, *, kind: str, tower_share: float) -> None:
+    def __init__(self, model: nn.Module, head: nn.Module, box_head: nn.Module, *, kind: str, tower_share: float) -> None:
         groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
         for name, parameter in model.named_parameters():
             # The mergers are the largest matrices and few: orthogonalising them costs more than it gains.
@@ -128,6 +136,7 @@ class Optimisers:
             tower = "visual" in name and "deepstack" not in name
             groups.setdefault((matrix and kind == "muon", tower), []).append(parameter)
         groups[(False, True)].extend(head.parameters())
+        groups[(False, False)].extend(box_head.parameters())
 
         def shared(inner: bool) -> list[dict[str, Any]]:
             return [{"params": found, "share": tower_share if t else 1.0} for (i, t), found in groups.items() if i == inner]
@@ -162,10 +171,10 @@ class HeldOutFinds:
         self.rows = encoder.pad([Sample((k,), prompt, completion) for k, (prompt, completion, _) in enumerate(asked)])
 
     @torch.no_grad()
-    def accuracy(self, model: Qwen3VLForConditionalGeneration, vision: FastVision) -> float:
-        """Share of the boxes with IoU of at least 0.5."""
-        merged, deep = vision(self.pixels)
-        _, predicted = text_loss(model, merged, deep, self.rows)
+    def accuracy(self, model: Qwen3VLForConditionalGeneration, box_head: nn.Module, vision: FastVision) -> tuple[float, float]:
+        """Shares of the boxes with IoU of at least 0.5: as written, and as read linearly off the token that opens them."""
+        hidden = read(model, *vision(self.pixels), self.rows)
+        _, predicted = text_loss(model, hidden, self.rows)
         per_row = (self.rows.labels_BT[:, 1:] != IGNORED).sum(1).tolist()
         good = 0
         for ids, truth in zip(predicted.split(per_row), self.boxes, strict=True):
@@ -175,7 +184,10 @@ class HeldOutFinds:
                 good += iou(PER_MILLE.read(numbers), truth) >= 0.5
             except (ValueError, IndexError):
                 continue
-        return good / len(self.boxes)
+        pointed = box_head(hidden.flatten(0, 1)[torch.from_numpy(self.rows.located_N)]).float().clamp(0, 1).tolist()
+        pairs = zip(pointed, self.boxes, strict=True)
+        hits = sum(x0 < x1 and y0 < y1 and iou(Box(x0, y0, x1, y1), truth) >= 0.5 for (x0, y0, x1, y1), truth in pairs)
+        return good / len(self.boxes), hits / len(self.boxes)
 
 
 def save_weights(model: Qwen3VLForConditionalGeneration, folder: Path) -> None:
@@ -202,6 +214,7 @@ class Trainer:
         self.model.train()
         self.vision = FastVision(self.model)
         self.head = nn.Linear(self.model.config.text_config.hidden_size, MERGE * MERGE * _PER_CELL)
+        self.box_head = nn.Linear(self.model.config.text_config.hidden_size, 4)
         self.optimisers = self._fresh_optimisers(1.0)
         self.pool = ThreadPoolExecutor(settings.threads, initializer=lambda: torch.set_num_threads(1))
         self.encoder = Encoder(model_folder / "tokenizer.json")
@@ -210,7 +223,7 @@ class Trainer:
         self.curve: list[dict[str, float]] = []
 
     def _fresh_optimisers(self, tower_share: float) -> Optimisers:
-        return Optimisers(self.model, self.head, kind=self.settings.optimiser, tower_share=tower_share)
+        return Optimisers(self.model, self.head, self.box_head, kind=self.settings.optimiser, tower_share=tower_share)
 
     @property
     def checkpoint(self) -> Path:
@@ -221,6 +234,7 @@ class Trainer:
         state = {
             "model": self.model.state_dict(),
             "head": self.head.state_dict(),
+            "box_head": self.box_head.state_dict(),
             "optimisers": [optimiser.state_dict() for optimiser in self.optimisers.each],
             "at": (self.step, self.samples, self.seconds),
             "curve": self.curve,
@@ -238,6 +252,7 @@ class Trainer:
         state = torch.load(self.checkpoint, weights_only=True)
         self.model.load_state_dict(state["model"])
         self.head.load_state_dict(state["head"])
+        self.box_head.load_state_dict(state["box_head"])
         at_the_turn = state["at"][0] == self.settings.vision_steps
         for optimiser, kept in () if at_the_turn else zip(self.optimisers.each, state["optimisers"], strict=True):
             optimiser.load_state_dict(kept)
@@ -253,13 +268,16 @@ class Trainer:
             dense.backward()
             return dense.item(), 0.0
         tokens = sum(int((rows.labels_BT[:, 1:] != IGNORED).sum()) for rows in step.parts)
+        boxes = max(1, sum(len(rows.boxes_N4) for rows in step.parts))
         # The parts share the images: their gradients with respect to the features are summed before the tower's backward.
         leaves = [features.detach().requires_grad_() for features in (merged, *deep)]
 
         def learn_part(rows: Rows) -> float:
             with torch.autocast("cpu", dtype=torch.bfloat16):
-                loss, _ = text_loss(self.model, leaves[0], leaves[1:], rows)
-            (loss / tokens).backward()
+                hidden = read(self.model, leaves[0], leaves[1:], rows)
+                loss, _ = text_loss(self.model, hidden, rows)
+                away = box_loss(self.box_head, hidden, rows)
+            (loss / tokens + self.settings.box_weight * away / boxes).backward()
             return loss.item()
 
         # Longest first. Each thread computes on one core: its small operations leave two of them half idle.
@@ -274,7 +292,7 @@ class Trainer:
         s = self.settings
         clock = time.monotonic()
         saved = clock
-        parameters = [*self.model.parameters(), *self.head.parameters()]
+        parameters = [*self.model.parameters(), *self.head.parameters(), *self.box_head.parameters()]
         whole = s.vision_steps + s.steps
         phases = (("see", 0, s.vision_steps, s.vision_learning_rate), ("read", s.vision_steps, whole, s.learning_rate))
         for phase, first, last, peak in phases:
@@ -295,7 +313,7 @@ class Trainer:
                 clock = now
                 if self.step % s.logging_steps == 0 or self.step == last:
                     with torch.autocast("cpu", dtype=torch.bfloat16):
-                        found = self.held_out.accuracy(self.model, self.vision) if phase == "read" else 0.0
+                        found, pointed = self._held_out() if phase == "read" else (0.0, 0.0)
                     self.curve.append(
                         {
                             "step": self.step,
@@ -304,6 +322,7 @@ class Trainer:
                             "dense_loss": round(dense_sum / count, 4),
                             "loss": round(loss_sum / count, 4),
                             "find_accuracy": round(found, 4),
+                            "pointed": round(pointed, 4),
                         }
                     )
                     dense_sum = loss_sum = count = 0.0
@@ -314,6 +333,9 @@ class Trainer:
                     saved = time.monotonic()
             self.save()
 
+    def _held_out(self) -> tuple[float, float]:
+        return self.held_out.accuracy(self.model, self.box_head, self.vision)
+
     def plan(self, phase: str) -> Plan:
         s = self.settings
         return Plan(
@@ -322,5 +344,12 @@ class Trainer:
             scenes=s.vision_scenes if phase == "see" else s.scenes,
             samples=0 if phase == "see" else s.samples,
             parts=s.parts,
-            mix=Mix(listing=s.mix_listing, finding=s.mix_finding, several=s.mix_several, text=s.mix_text),
+            mix=Mix(
+                listing=s.mix_listing,
+                finding=s.mix_finding,
+                naming=s.mix_naming,
+                several=s.mix_several,
+                choosing=s.mix_choosing,
+                text=s.mix_text,
+            ),
         )

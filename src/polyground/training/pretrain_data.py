@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty
@@ -23,6 +24,8 @@ SIDE, PATCH, MERGE = 112, 14, 2
 CELLS = SIDE // PATCH
 TOKENS_PER_IMAGE = (CELLS // MERGE) ** 2
 IGNORED = -100
+_TURN = "<|im_end|>\n<|im_start|>assistant\n"
+_BOX = re.compile(r'"bbox_2d": \[(\d+), (\d+), (\d+), (\d+)\]')
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,7 +37,7 @@ class Cells:
     classes_SK4: NDArray[np.int64]
     """Colour, shape, size and texture of that object."""
     edges_SK4: NDArray[np.float32]
-    """Its edges relative to the patch's centre, in sides of the image."""
+    """Its edges in sides of the image, so that a token knows where in the image it lies."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,6 +50,10 @@ class Rows:
     positions_3BT: NDArray[np.int64]
     images: NDArray[np.int64]
     """Position in the step's scenes of each image shown, row after row."""
+    located_N: NDArray[np.int64]
+    """Where, in B * T, a token opens a learned box or ends a phrase that means one object."""
+    boxes_N4: NDArray[np.float32]
+    """The box opened, or that of the object meant; edges in sides of the image."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,11 +88,10 @@ def label_cells(scenes: list[Scene]) -> Cells:
             x, y = item.box.center
             row, column = int(y * CELLS), int(x * CELLS)
             k = cell_index(row, column)
-            cx, cy = (column + 0.5) / CELLS, (row + 0.5) / CELLS
             present[s, k] = True
             words = ((COLOURS, item.colour), (SHAPES, item.shape), (SIZES, item.size), (TEXTURES, item.texture))
             classes[s, k] = [bank.index(word) for bank, word in words]
-            edges[s, k] = (item.box.x0 - cx, item.box.y0 - cy, item.box.x1 - cx, item.box.y1 - cy)
+            edges[s, k] = (item.box.x0, item.box.y0, item.box.x1, item.box.y1)
     return Cells(present_SK=present, classes_SK4=classes, edges_SK4=edges)
 
 
@@ -107,7 +113,7 @@ class Encoder:
     def prompt(self, images: int, question: str) -> str:
         pad = "<|vision_start|>" + "<|image_pad|>" * TOKENS_PER_IMAGE + "<|vision_end|>"
         shown = pad if images == 1 else "\n".join(f"Image {n}: {pad}" for n in range(1, images + 1))
-        return f"<|im_start|>user\n{shown}\n{question}<|im_end|>\n<|im_start|>assistant\n"
+        return f"<|im_start|>user\n{shown}\n{question}{_TURN}"
 
     def row(self, sample: Sample) -> tuple[list[int], list[int]]:
         """Token ids and labels of one sample."""
@@ -116,6 +122,25 @@ class Encoder:
             return [self.end_id, *learned], [IGNORED, *learned]
         prompt = self.ids(self.prompt(len(sample.images), sample.prompt))
         return prompt + learned, [IGNORED] * len(prompt) + learned
+
+    def located(self, sample: Sample) -> list[tuple[int, Sequence[float]]]:
+        """Tokens of a sample's row that open a learned box or end a phrase that means one object, each with that box."""
+        if not sample.images:
+            return []  # boxes of plain text are of no image
+        prompt = self.prompt(len(sample.images), sample.prompt)
+        found: list[tuple[int, Sequence[float]]] = []
+        ends = [(match.start(1) - 1, [float(n) / 1000 for n in match.groups()]) for match in _BOX.finditer(sample.completion)]
+        ends = [(len(prompt) + at, box) for at, box in ends]
+        whole, at = prompt + sample.completion, len(prompt) - len(sample.prompt) - len(_TURN)
+        for phrase, box in sample.named:
+            at = whole.index(phrase, at) + len(phrase)
+            ends.append((at - 1, (box.x0, box.y0, box.x1, box.y1)))
+        encodings = [self._tokenizer.encode(text, add_special_tokens=False) for text in (prompt, sample.completion)]
+        for character, box_edges in ends:
+            behind = character >= len(prompt)
+            token = encodings[behind].char_to_token(character - len(prompt) * behind)
+            found.append((token + len(encodings[0].ids) * behind, box_edges))
+        return found
 
     def positions(self, ids: list[int]) -> NDArray[np.int64]:
         """[3, T]: time, height and width; an image's tokens share their time and span a square."""
@@ -141,7 +166,15 @@ class Encoder:
         for b, (ids, learned) in enumerate(rows):
             input_ids[b, : len(ids)], labels[b, : len(ids)], positions[:, b, : len(ids)] = ids, learned, self.positions(ids)
         images = np.array([k for sample in samples for k in sample.images], dtype=np.int64)
-        return Rows(input_ids_BT=input_ids, labels_BT=labels, positions_3BT=positions, images=images)
+        located = [(b * longest + token, box) for b, s in enumerate(samples) for token, box in self.located(s)]
+        return Rows(
+            input_ids_BT=input_ids,
+            labels_BT=labels,
+            positions_3BT=positions,
+            images=images,
+            located_N=np.array([at for at, _ in located], dtype=np.int64),
+            boxes_N4=np.array([box for _, box in located], dtype=np.float32).reshape(-1, 4),
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
