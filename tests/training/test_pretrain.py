@@ -1,3 +1,4 @@
+import math
 from dataclasses import astuple
 from importlib.resources import files
 from pathlib import Path
@@ -11,17 +12,17 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from polyground.errors import ConfigError
 from polyground.stages.pretrain import load_config, run
-from polyground.training.pretrain import FastVision, normalised, read, schedule
-from polyground.training.pretrain_data import TOKENS_PER_IMAGE, Encoder, label_cells, patches
+from polyground.training.pretrain import FastVision, Gaze, normalised, read, schedule
+from polyground.training.pretrain_data import TOKENS_PER_IMAGE, Encoder, Span, label_tokens, patches
 from polyground.worlds.pretraining import Mix, Sample, sample_step
-from polyground.worlds.scenes import SHAPES, render, sample_scene
+from polyground.worlds.scenes import Item, Scene, render, sample_scene
 
 TINY = Path(str(files("polyground"))) / "models" / "tiny"
 
 
 @pytest.fixture(scope="module")
 def model() -> Qwen3VLForConditionalGeneration:
-    return Qwen3VLForConditionalGeneration.from_pretrained(TINY, dtype=torch.float32).eval()
+    return Qwen3VLForConditionalGeneration.from_pretrained(TINY, dtype=torch.float32, attn_implementation="eager").eval()
 
 
 @torch.no_grad()
@@ -46,34 +47,86 @@ def test_an_image_takes_its_tokens_and_digits_stand_alone() -> None:
     assert len(encoder.ids("937")) == 3
 
 
-def test_a_token_that_opens_a_box_or_ends_a_phrase_has_the_box_of_its_object() -> None:
+def samples_and_scenes() -> tuple[list[Sample], list[Scene]]:
+    scenes, samples = sample_step(Random(1), scenes=12, samples=80, mix=Mix(naming=0.3, choosing=0.1))
+    return samples, scenes
+
+
+def shown_item(sample: Sample, span: Span, scenes: list[Scene]) -> Item:
+    """The object of the image that the span says it is about (per-mille figures in answers, exact ones for phrases)."""
+    items = scenes[sample.images[span.image - 1]].items
+    return min(items, key=lambda item: max(abs(a - b) for a, b in zip(astuple(item.box), span.edges, strict=True)))
+
+
+def test_spans_are_about_the_object_they_write_down() -> None:
     encoder = Encoder(TINY / "tokenizer.json")
-    scenes, samples = sample_step(Random(1), scenes=12, samples=60, mix=Mix(naming=0.3, choosing=0.1))
+    samples, scenes = samples_and_scenes()
     openings = phrases = 0
     for sample in samples:
         ids, _ = encoder.row(sample)
-        # Per-mille figures in the answer, exact ones for phrases.
-        boxes = {tuple(round(edge, 2) for edge in astuple(item.box)) for k in sample.images for item in scenes[k].items}
-        for token, box in encoder.located(sample):
-            assert any(max(abs(a - b) for a, b in zip(box, there, strict=True)) < 0.01 for there in boxes)
-            text = encoder.decode([ids[token]]).strip()
-            openings += text.endswith("[")
-            phrases += text in SHAPES
-            assert text.endswith("[") or text in SHAPES
+        for span in encoder.spans(sample):
+            item = shown_item(sample, span, scenes)
+            assert astuple(item.box) == pytest.approx(span.edges, abs=0.002)
+            knows, words = encoder.decode([ids[span.knows]]).strip(), encoder.decode(ids[span.first : span.last + 1])
+            assert words.endswith(item.shape)
+            assert item.colour in words or span.first == span.last
+            openings += knows.endswith("[")
+            phrases += knows == item.shape
+            assert knows.endswith("[") or knows == item.shape
     assert openings > 30
     assert phrases > 30
 
 
-def test_plain_text_points_at_nothing() -> None:
+def test_a_token_about_an_object_is_told_the_image_token_with_its_centre() -> None:
     encoder = Encoder(TINY / "tokenizer.json")
-    assert encoder.located(Sample((), "", '[{"bbox_2d": [1, 2, 30, 40], "label": "red star"}]')) == []
+    samples, scenes = samples_and_scenes()
+    several = 0
+    for sample in samples:
+        rows = encoder.pad([sample])
+        ids = rows.input_ids_BT[0].tolist()
+        wanted = [(t, shown_item(sample, span, scenes)) for span in encoder.spans(sample) for t in range(span.first, span.last + 1)]
+        assert rows.about_P2[:, 1].tolist() == [t for t, _ in wanted]
+        for at, (_, item) in zip(rows.at_P.tolist(), wanted, strict=True):
+            assert ids[at] == encoder.image_id
+            number = ids[:at].count(encoder.image_id)
+            image, (row, column) = number // TOKENS_PER_IMAGE, divmod(number % TOKENS_PER_IMAGE, 4)
+            assert item in scenes[sample.images[image]].items
+            x, y = item.box.center
+            assert (row, column) == (int(y * 4), int(x * 4))
+            several += image > 0
+    assert several > 30
 
 
-def test_the_cells_of_a_scene_know_where_in_the_image_their_object_lies() -> None:
+def test_what_a_head_attends_to_is_kept_and_forgotten(model: Qwen3VLForConditionalGeneration) -> None:
+    encoder = Encoder(TINY / "tokenizer.json")
+    scene = sample_scene(Random(3), count=1)
+    [item] = scene.items
+    gaze = Gaze(model)
+    try:
+        rows = encoder.pad([Sample((0,), f"Find the {item.colour} {item.shape}.", "ok", ((f"{item.colour} {item.shape}", 1, item.box),))])
+        pixels = normalised(np.stack([patches(render(scene))]))
+        read(model, *FastVision(model)(pixels), rows)
+        [first, second] = [weights.detach() for weights in gaze.seen]
+        loss = gaze.loss(rows)
+        [(b, t)], [at] = rows.about_P2.tolist(), rows.at_P.tolist()
+        assert loss.item() == pytest.approx(-(math.log(first[b, t, at]) + math.log(second[b, t, at])) / 2, rel=1e-3)
+        assert not gaze.seen
+    finally:
+        gaze.close()
+
+
+def test_plain_text_is_about_nothing() -> None:
+    encoder = Encoder(TINY / "tokenizer.json")
+    assert encoder.spans(Sample((), "", '[{"bbox_2d": [1, 2, 30, 40], "label": "red star"}]')) == []
+
+
+def test_the_tokens_of_a_scene_know_where_in_the_image_their_object_lies() -> None:
     scene = sample_scene(Random(2), count=1)
-    cells = label_cells([scene])
-    assert cells.present_SK.sum() == 1
-    assert cells.edges_SK4[cells.present_SK][0] == pytest.approx(astuple(scene.items[0].box))
+    seen = label_tokens([scene])
+    assert seen.present_SM.sum() == 1
+    assert seen.edges_SM4[seen.present_SM][0] == pytest.approx(astuple(scene.items[0].box))
+    x, y = scene.items[0].box.center
+    assert seen.present_SM.reshape(4, 4)[int(y * 4), int(x * 4)]
 
 
 def test_the_learning_rate_rises_then_falls() -> None:

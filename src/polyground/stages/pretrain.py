@@ -62,6 +62,8 @@ class PretrainConfig(BaseModel):
     """Weight of the dense loss in the second phase."""
     box_weight: float = 20.0
     """Weight, in the second phase, of the distance of boxes read linearly off tokens that open them or name their object."""
+    gaze_weight: float = 1.0
+    """Weight, in the second phase, of how little one head looks at the object that a token is about."""
     max_grad_norm: float = 1.0
     held_out: int = 256
     """Held-out questions watched while training."""

@@ -7,6 +7,7 @@ by image; everything else is the model's own code.
 from __future__ import annotations
 
 import json
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,14 +23,16 @@ from transformers import Qwen3VLForConditionalGeneration
 from transformers.models.qwen3_vl.modeling_qwen3_vl import apply_rotary_pos_emb_vision
 
 from polyground.geometry import PER_MILLE, Box, iou
-from polyground.training.pretrain_data import CELLS, IGNORED, MERGE, Cells, Encoder, Plan, Rows, Step, patches, steps_ahead
+from polyground.training.pretrain_data import CELLS, IGNORED, MERGE, Encoder, Plan, Rows, Seen, Step, patches, steps_ahead
 from polyground.worlds.pretraining import Mix, Sample, find_question
 from polyground.worlds.scenes import COLOURS, SHAPES, SIZES, TEXTURES, render, sample_scene
 
 # Shapes: S images, K patches of an image, D values of a patch, M merged tokens of an image, H width, B rows, T tokens.
 
 _CLASSES = (len(COLOURS), len(SHAPES), len(SIZES), len(TEXTURES))
-_PER_CELL = 1 + sum(_CLASSES) + 4
+_PER_TOKEN = 1 + sum(_CLASSES) + 4
+GAZING_LAYERS = (2, 3)
+"""Layers of the text model whose first head is taught to look at the object that a token is about."""
 
 
 class FastVision:
@@ -74,13 +77,15 @@ def normalised(pixels_SKD: np.ndarray) -> Tensor:
     return torch.from_numpy(pixels_SKD).float().div_(127.5).sub_(1.0)
 
 
-def dense_loss(head: nn.Module, merged: Tensor, cells: Cells) -> Tensor:
-    """Is an object's centre in this patch, and then which colour, shape, size, texture and edges; read off the merged tokens."""
-    images = len(cells.present_SK)
-    out = head(merged).float().view(images, -1, _PER_CELL)
-    present = torch.from_numpy(cells.present_SK)
-    loss = F.binary_cross_entropy_with_logits(out[..., 0], present.float()) * 4
-    found, classes, edges = out[present], torch.from_numpy(cells.classes_SK4)[present], torch.from_numpy(cells.edges_SK4)[present]
+def dense_loss(head: nn.Module, merged: Tensor, seen: Seen) -> Tensor:
+    """Is an object's centre in this token's square, and then which colour, shape, size, texture and edges; all read linearly.
+
+    One object a token, not one a patch: what attention copies from a token is then a linear map of it, edges included.
+    """
+    out = head(merged).float().view(*seen.present_SM.shape, _PER_TOKEN)
+    present = torch.from_numpy(seen.present_SM)
+    loss = 2 * F.binary_cross_entropy_with_logits(out[..., 0], present.float())
+    found, classes, edges = out[present], torch.from_numpy(seen.classes_SM4)[present], torch.from_numpy(seen.edges_SM4)[present]
     at = 1
     for column, count in enumerate(_CLASSES):
         loss = loss + F.cross_entropy(found[:, at : at + count], classes[:, column])
@@ -103,6 +108,37 @@ def box_loss(head: nn.Module, hidden: Tensor, rows: Rows) -> Tensor:
     """
     found = head(hidden.flatten(0, 1)[torch.from_numpy(rows.located_N)]).float()
     return F.smooth_l1_loss(found, torch.from_numpy(rows.boxes_N4), beta=0.02, reduction="sum") / 4
+
+
+class Gaze:
+    """Keeps what the first head of some layers of the text model attends to, for each thread its own."""
+
+    def __init__(self, model: Qwen3VLForConditionalGeneration) -> None:
+        self._local = threading.local()
+        layers = [model.model.language_model.layers[number] for number in GAZING_LAYERS]
+        self._hooks = [layer.self_attn.register_forward_hook(self._keep) for layer in layers]
+
+    def _keep(self, module: nn.Module, arguments: Any, output: tuple[Tensor, Tensor]) -> None:
+        self._local.seen = [*self.seen, output[1][:, 0]][-len(GAZING_LAYERS) :]
+
+    @property
+    def seen(self) -> list[Tensor]:
+        """[B, T, T] of each layer watched, from this thread's last `read`; needs eager attention."""
+        return getattr(self._local, "seen", [])
+
+    def loss(self, rows: Rows) -> Tensor:
+        """Summed -log of the attention that tokens about an object pay to the image token with its centre.
+
+        The mean over the layers watched; of this thread's last `read`, which is forgotten.
+        """
+        weights, self._local.seen = self.seen, []
+        b, t = torch.from_numpy(rows.about_P2).unbind(1)
+        at = torch.from_numpy(rows.at_P)
+        return -torch.stack([(one[b, t, at].float() + 1e-6).log().sum() for one in weights]).mean()
+
+    def close(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
 
 
 def read(model: Qwen3VLForConditionalGeneration, merged: Tensor, deep: list[Tensor], rows: Rows) -> Tensor:
@@ -213,7 +249,8 @@ class Trainer:
         )
         self.model.train()
         self.vision = FastVision(self.model)
-        self.head = nn.Linear(self.model.config.text_config.hidden_size, MERGE * MERGE * _PER_CELL)
+        self.gaze = Gaze(self.model)
+        self.head = nn.Linear(self.model.config.text_config.hidden_size, _PER_TOKEN)
         self.box_head = nn.Linear(self.model.config.text_config.hidden_size, 4)
         self.optimisers = self._fresh_optimisers(1.0)
         self.pool = ThreadPoolExecutor(settings.threads, initializer=lambda: torch.set_num_threads(1))
@@ -263,12 +300,13 @@ class Trainer:
         """Accumulate the gradients of one step; returns the dense loss and the loss per learned token."""
         with torch.autocast("cpu", dtype=torch.bfloat16):
             merged, deep = self.vision(normalised(step.pixels_SKD))
-            dense = dense_loss(self.head, merged, step.cells)
+            dense = dense_loss(self.head, merged, step.seen)
         if seeing_only:
             dense.backward()
             return dense.item(), 0.0
         tokens = sum(int((rows.labels_BT[:, 1:] != IGNORED).sum()) for rows in step.parts)
         boxes = max(1, sum(len(rows.boxes_N4) for rows in step.parts))
+        about = max(1, sum(len(rows.at_P) for rows in step.parts))
         # The parts share the images: their gradients with respect to the features are summed before the tower's backward.
         leaves = [features.detach().requires_grad_() for features in (merged, *deep)]
 
@@ -277,7 +315,9 @@ class Trainer:
                 hidden = read(self.model, leaves[0], leaves[1:], rows)
                 loss, _ = text_loss(self.model, hidden, rows)
                 away = box_loss(self.box_head, hidden, rows)
-            (loss / tokens + self.settings.box_weight * away / boxes).backward()
+                astray = self.gaze.loss(rows)
+            s = self.settings
+            (loss / tokens + s.box_weight * away / boxes + s.gaze_weight * astray / about).backward()
             return loss.item()
 
         # Longest first. Each thread computes on one core: its small operations leave two of them half idle.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty
@@ -18,25 +18,40 @@ from tokenizers import Tokenizer
 from polyground.worlds.pretraining import Mix, Sample, sample_step
 from polyground.worlds.scenes import COLOURS, SHAPES, SIZES, TEXTURES, Scene, render
 
-# Shapes: S scenes of a step, K patches of an image (in the merger's order), B rows, T tokens, V image tokens of all rows.
+# Shapes: S scenes of a step, K patches of an image (in the merger's order), M merged tokens of an image, B rows, T tokens,
+# N objects that tokens of the rows name or box, P tokens about them.
 
 SIDE, PATCH, MERGE = 112, 14, 2
 CELLS = SIDE // PATCH
 TOKENS_PER_IMAGE = (CELLS // MERGE) ** 2
 IGNORED = -100
 _TURN = "<|im_end|>\n<|im_start|>assistant\n"
-_BOX = re.compile(r'"bbox_2d": \[(\d+), (\d+), (\d+), (\d+)\]')
+_BOX = re.compile(r'"bbox_2d": \[(\d+), (\d+), (\d+), (\d+)\](?:, "label": "([a-z ]+)")?')
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Tokens of a row, first to last, that are about one object of an image."""
+
+    first: int
+    last: int
+    knows: int
+    """The token that knows which object is meant: it opens the box, or ends the phrase."""
+    image: int
+    """The image of the row, from 1."""
+    edges: tuple[float, ...]
+    """The object's box in sides of the image."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Cells:
-    """What lies in each patch of each scene: the targets of the dense loss."""
+class Seen:
+    """What each merged token of each scene has in it: the targets of the dense loss."""
 
-    present_SK: NDArray[np.bool_]
-    """True where an object has its centre in the patch."""
-    classes_SK4: NDArray[np.int64]
-    """Colour, shape, size and texture of that object."""
-    edges_SK4: NDArray[np.float32]
+    present_SM: NDArray[np.bool_]
+    """True where an object has its centre in the token's square."""
+    classes_SM4: NDArray[np.int64]
+    """Colour, shape, size and texture of that object; of the largest, where there are two."""
+    edges_SM4: NDArray[np.float32]
     """Its edges in sides of the image, so that a token knows where in the image it lies."""
 
 
@@ -54,13 +69,17 @@ class Rows:
     """Where, in B * T, a token opens a learned box or ends a phrase that means one object."""
     boxes_N4: NDArray[np.float32]
     """The box opened, or that of the object meant; edges in sides of the image."""
+    about_P2: NDArray[np.int64]
+    """Row and place in it of every token that is about one object: the tokens of its box, its label or its phrase."""
+    at_P: NDArray[np.int64]
+    """The place in the same row of the image token that holds the centre of that object."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Step:
     pixels_SKD: NDArray[np.uint8]
     """Patches, each as channels x height x width."""
-    cells: Cells
+    seen: Seen
     parts: tuple[Rows, ...]
     samples: int
 
@@ -73,26 +92,24 @@ def patches(image: Image.Image) -> NDArray[np.uint8]:
     return np.ascontiguousarray(split.reshape(CELLS * CELLS, 3 * PATCH * PATCH))
 
 
-def cell_index(row: int, column: int) -> int:
-    """Where the patch at (row, column) stands in the merger's order."""
+def token_at(x: float, y: float) -> int:
+    """The merged token of an image that sees the point (x, y), in sides of the image."""
     half = CELLS // MERGE
-    return ((row // MERGE * half + column // MERGE) * MERGE + row % MERGE) * MERGE + column % MERGE
+    return int(y * half) * half + int(x * half)
 
 
-def label_cells(scenes: list[Scene]) -> Cells:
-    present = np.zeros((len(scenes), CELLS * CELLS), dtype=np.bool_)
-    classes = np.zeros((len(scenes), CELLS * CELLS, 4), dtype=np.int64)
-    edges = np.zeros((len(scenes), CELLS * CELLS, 4), dtype=np.float32)
+def label_tokens(scenes: list[Scene]) -> Seen:
+    present = np.zeros((len(scenes), TOKENS_PER_IMAGE), dtype=np.bool_)
+    classes = np.zeros((len(scenes), TOKENS_PER_IMAGE, 4), dtype=np.int64)
+    edges = np.zeros((len(scenes), TOKENS_PER_IMAGE, 4), dtype=np.float32)
     for s, scene in enumerate(scenes):
-        for item in scene.items:
-            x, y = item.box.center
-            row, column = int(y * CELLS), int(x * CELLS)
-            k = cell_index(row, column)
-            present[s, k] = True
+        for item in sorted(scene.items, key=lambda item: item.box.area):
+            m = token_at(*item.box.center)
+            present[s, m] = True
             words = ((COLOURS, item.colour), (SHAPES, item.shape), (SIZES, item.size), (TEXTURES, item.texture))
-            classes[s, k] = [bank.index(word) for bank, word in words]
-            edges[s, k] = (item.box.x0, item.box.y0, item.box.x1, item.box.y1)
-    return Cells(present_SK=present, classes_SK4=classes, edges_SK4=edges)
+            classes[s, m] = [bank.index(word) for bank, word in words]
+            edges[s, m] = (item.box.x0, item.box.y0, item.box.x1, item.box.y1)
+    return Seen(present_SM=present, classes_SM4=classes, edges_SM4=edges)
 
 
 class Encoder:
@@ -123,23 +140,31 @@ class Encoder:
         prompt = self.ids(self.prompt(len(sample.images), sample.prompt))
         return prompt + learned, [IGNORED] * len(prompt) + learned
 
-    def located(self, sample: Sample) -> list[tuple[int, Sequence[float]]]:
-        """Tokens of a sample's row that open a learned box or end a phrase that means one object, each with that box."""
+    def spans(self, sample: Sample) -> list[Span]:
+        """Tokens of a sample's row that are about one object: its phrase, or its box and label in a native answer."""
         if not sample.images:
             return []  # boxes of plain text are of no image
         prompt = self.prompt(len(sample.images), sample.prompt)
-        found: list[tuple[int, Sequence[float]]] = []
-        ends = [(match.start(1) - 1, [float(n) / 1000 for n in match.groups()]) for match in _BOX.finditer(sample.completion)]
-        ends = [(len(prompt) + at, box) for at, box in ends]
-        whole, at = prompt + sample.completion, len(prompt) - len(sample.prompt) - len(_TURN)
-        for phrase, box in sample.named:
-            at = whole.index(phrase, at) + len(phrase)
-            ends.append((at - 1, (box.x0, box.y0, box.x1, box.y1)))
-        encodings = [self._tokenizer.encode(text, add_special_tokens=False) for text in (prompt, sample.completion)]
-        for character, box_edges in ends:
+        texts = (prompt, sample.completion)
+        encodings = [self._tokenizer.encode(text, add_special_tokens=False) for text in texts]
+
+        def token(character: int) -> int:
             behind = character >= len(prompt)
-            token = encodings[behind].char_to_token(character - len(prompt) * behind)
-            found.append((token + len(encodings[0].ids) * behind, box_edges))
+            at: int = encodings[behind].char_to_token(character - len(prompt) * behind)
+            return at + len(encodings[0].ids) * behind
+
+        found = []
+        for match in _BOX.finditer(sample.completion):
+            opens, ends = (token(len(prompt) + at) for at in (match.start(1) - 1, match.end(match.lastindex or 0) - 1))
+            edges = tuple(float(n) / 1000 for n in match.groups()[:4])
+            found.append(Span(opens, ends, opens, sample.boxed, edges))
+        whole, at = prompt + sample.completion, len(prompt) - len(sample.prompt) - len(_TURN)
+        for phrase, image, box in sample.named:
+            at = whole.index(phrase, at) + len(phrase)
+            last = token(at - 1)
+            # The token before a phrase of the completion chooses its first word; words of a question tell too little until its end.
+            first = token(at - len(phrase)) - 1 if at > len(prompt) else last
+            found.append(Span(first, last, last, image, (box.x0, box.y0, box.x1, box.y1)))
         return found
 
     def positions(self, ids: list[int]) -> NDArray[np.int64]:
@@ -166,15 +191,23 @@ class Encoder:
         for b, (ids, learned) in enumerate(rows):
             input_ids[b, : len(ids)], labels[b, : len(ids)], positions[:, b, : len(ids)] = ids, learned, self.positions(ids)
         images = np.array([k for sample in samples for k in sample.images], dtype=np.int64)
-        located = [(b * longest + token, box) for b, s in enumerate(samples) for token, box in self.located(s)]
+        spans = [(b, span) for b, sample in enumerate(samples) for span in self.spans(sample)]
+        about = [(b, t, self._seen_at(rows[b][0], span)) for b, span in spans for t in range(span.first, span.last + 1)]
         return Rows(
             input_ids_BT=input_ids,
             labels_BT=labels,
             positions_3BT=positions,
             images=images,
-            located_N=np.array([at for at, _ in located], dtype=np.int64),
-            boxes_N4=np.array([box for _, box in located], dtype=np.float32).reshape(-1, 4),
+            located_N=np.array([b * longest + span.knows for b, span in spans], dtype=np.int64),
+            boxes_N4=np.array([span.edges for _, span in spans], dtype=np.float32).reshape(-1, 4),
+            about_P2=np.array([(b, t) for b, t, _ in about], dtype=np.int64).reshape(-1, 2),
+            at_P=np.array([at for _, _, at in about], dtype=np.int64),
         )
+
+    def _seen_at(self, ids: list[int], span: Span) -> int:
+        x0, y0, x1, y1 = span.edges
+        starts = [t for t, one in enumerate(ids) if one == self.image_id and ids[t - 1] != self.image_id]
+        return starts[span.image - 1] + token_at((x0 + x1) / 2, (y0 + y1) / 2)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -197,7 +230,7 @@ def prepare(plan: Plan, encoder: Encoder, step: int) -> Step:
     size = max(1, -(-len(ordered) // plan.parts))
     return Step(
         pixels_SKD=np.stack([patches(render(scene)) for scene in scenes]),
-        cells=label_cells(scenes),
+        seen=label_tokens(scenes),
         parts=tuple(encoder.pad(ordered[k : k + size]) for k in range(0, len(ordered), size)),
         samples=len(samples) or len(scenes),
     )

@@ -110,7 +110,7 @@ def build_config(tokenizer: PreTrainedTokenizerFast) -> Qwen3VLConfig:
             "max_position_embeddings": 4096,
             "rope_parameters": {
                 "rope_type": "default",
-                "rope_theta": 10000.0,
+                "rope_theta": 5_000_000.0,
                 "mrope_section": [12, 10, 10],
                 "mrope_interleaved": True,
             },

@@ -16,7 +16,7 @@ from polyground.worlds.perception import PRACTICE_TASKS, about_scene
 from polyground.worlds.scenes import Item, Scene, describe, name, sample_scene
 from polyground.worlds.tasks import UnluckyError
 
-Named = tuple[tuple[str, Box], ...]
+Named = tuple[tuple[str, int, Box], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,9 @@ class Sample:
     """The question; empty for plain text, which is learned whole."""
     completion: str
     named: Named = ()
-    """Phrases of the question and then of the completion, in their order, each with the box of the object it means."""
+    """Phrases of the question and then of the completion, in their order, each with the image (from 1) and the box it means."""
+    boxed: int = 1
+    """The image, from 1, that the completion's boxes are in."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,33 +88,33 @@ def _choose_one(rng: Random, scene: Scene) -> tuple[str, str]:
         return "\n".join([text, *lettered]), "ABCD"[right]
 
 
-def _about_several(rng: Random, scenes: Sequence[Scene]) -> tuple[str, str, Named]:
+def _about_several(rng: Random, scenes: Sequence[Scene]) -> tuple[str, str, Named, int]:
     n = rng.randint(1, len(scenes))
     scene, nth = scenes[n - 1], language.ordinal(n)
     match rng.choices(("list", "contents", "which", "find", "name", "one"), (0.26, 0.26, 0.14, 0.2, 0.08, 0.06))[0]:
         case "list":
-            return rng.choice(_LIST_IN).format(n=n, nth=nth), native_list(scene.items, [name(item) for item in scene.items]), ()
+            return rng.choice(_LIST_IN).format(n=n, nth=nth), native_list(scene.items, [name(item) for item in scene.items]), (), n
         case "contents":
             lines = [language.contents(k, [describe(item, s) for item in s.items]) for k, s in enumerate(scenes, start=1)]
-            return rng.choice(_CONTENTS_ALL), " ".join(lines), tuple(named for s in scenes for named in _named(s))
+            return rng.choice(_CONTENTS_ALL), " ".join(lines), tuple(named for k, s in enumerate(scenes, start=1) for named in _named(s, k)), n
         case "find":
             item = rng.choice(scene.items)
             phrase = describe(item, scene)
-            return rng.choice(_FIND_IN).format(phrase=phrase, n=n, nth=nth), native_list([item], [phrase]), ((phrase, item.box),)
+            return rng.choice(_FIND_IN).format(phrase=phrase, n=n, nth=nth), native_list([item], [phrase]), (), n  # the phrase ends before the image is known
         case "name":
             item = rng.choice(scene.items)
             box = json.dumps(list(PER_MILLE.write(item.box)))
-            return f"What is at {box} in image {n}?", f"The {describe(item, scene)}.", ()
+            return f"What is at {box} in image {n}?", f"The {describe(item, scene)}.", ((describe(item, scene), n, item.box),), n
         case "which":
             item = rng.choice(scene.items)
             pair = f"{item.colour} {item.shape}"
             if sum((other.colour, other.shape) == (item.colour, item.shape) for s in scenes for other in s.items) == 1:
-                return rng.choice(_WHICH).format(phrase=pair), f"The {pair} is in image {n}.", ((pair, item.box),)
-    return f"What is in image {n}?", language.contents(n, [describe(item, scene) for item in scene.items]), _named(scene)
+                return rng.choice(_WHICH).format(phrase=pair), f"The {pair} is in image {n}.", ((pair, n, item.box),), n
+    return f"What is in image {n}?", language.contents(n, [describe(item, scene) for item in scene.items]), _named(scene, n), n
 
 
-def _named(scene: Scene) -> Named:
-    return tuple((describe(item, scene), item.box) for item in scene.items)
+def _named(scene: Scene, n: int) -> Named:
+    return tuple((describe(item, scene), n, item.box) for item in scene.items)
 
 
 def sample_step(rng: Random, *, scenes: int, samples: int, mix: Mix) -> tuple[list[Scene], list[Sample]]:
@@ -132,11 +134,12 @@ def sample_step(rng: Random, *, scenes: int, samples: int, mix: Mix) -> tuple[li
             case "finding":
                 shown = rng.randrange(scenes)
                 prompt, completion, item = find_question(rng, drawn[shown])
-                made.append(Sample((shown,), prompt, completion, ((describe(item, drawn[shown]), item.box),)))
+                made.append(Sample((shown,), prompt, completion, ((describe(item, drawn[shown]), 1, item.box),)))
             case "naming":
                 shown = rng.randrange(scenes)
-                phrases = language.contents(1, [phrase for phrase, _ in _named(drawn[shown])])
-                made.append(Sample((shown,), rng.choice(_NAME_ONE), phrases, _named(drawn[shown])))
+                named = _named(drawn[shown], 1)
+                phrases = language.contents(1, [phrase for phrase, _, _ in named])
+                made.append(Sample((shown,), rng.choice(_NAME_ONE), phrases, named))
             case "several":
                 shown_all = tuple(rng.sample(range(scenes), min(scenes, rng.choices((2, 3, 4), (0.4, 0.4, 0.2))[0])))
                 made.append(Sample(shown_all, *_about_several(rng, [drawn[k] for k in shown_all])))
