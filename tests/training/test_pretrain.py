@@ -154,3 +154,18 @@ def test_a_stopped_pretraining_goes_on_where_it_was(tmp_path: Path) -> None:
     assert run(load_config(recipe), points.append)["step"] == 3
     assert [point["step"] for point in points] == [3]
     assert (tmp_path / "out" / "model" / "model.safetensors").exists()
+
+
+def test_a_recipe_may_change_keys_from_a_step_on(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("mix_listing: 0.1\nchanges:\n  20: {mix_listing: 0.3}\n  30: {mix_finding: 0.2, mix_listing: 0.4}\n")
+    config = load_config(recipe)
+    assert [config.at(step).mix_listing for step in (0, 19, 20, 29, 30)] == [0.1, 0.1, 0.3, 0.3, 0.4]
+    assert config.at(30).mix_finding == 0.2
+
+
+def test_a_change_of_a_misspelt_key_is_refused_by_name(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("changes:\n  20: {mix_lisping: 0.3}\n")
+    with pytest.raises(ConfigError, match="mix_lisping"):
+        load_config(recipe)

@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from polyground.answer import Answer, read_answer
 from polyground.errors import ConfigError
@@ -71,6 +71,19 @@ class PretrainConfig(BaseModel):
     """Held-out questions of each kind answered freely at the end."""
     logging_steps: int = 50
     save_seconds: int = 180
+    changes: dict[int, dict[str, int | float]] = {}
+    """Other values of keys from a step on, counted over both phases: `{2000: {mix_listing: 0.3}}`."""
+
+    @model_validator(mode="after")
+    def _changes_are_of_keys(self) -> PretrainConfig:
+        for step in self.changes:
+            self.at(step)
+        return self
+
+    def at(self, step: int) -> PretrainConfig:
+        """The recipe as it stands at a step. Raises ValidationError for a change of an unknown key."""
+        keys = {key: value for at, keys in sorted(self.changes.items()) if at <= step for key, value in keys.items()}
+        return PretrainConfig(**(self.model_dump(exclude={"changes"}) | keys)) if keys else self
 
 
 def load_config(path: Path) -> PretrainConfig:

@@ -242,7 +242,7 @@ class Trainer:
     """Everything that changes while training, and where it is kept."""
 
     def __init__(self, settings: Any, *, model_folder: Path, work: Path) -> None:
-        self.settings, self.model_folder, self.work = settings, model_folder, work
+        self.recipe, self.model_folder, self.work = settings, model_folder, work
         torch.manual_seed(settings.seed)
         self.model = Qwen3VLForConditionalGeneration.from_pretrained(
             model_folder, dtype=torch.float32, attn_implementation="eager"
@@ -252,15 +252,20 @@ class Trainer:
         self.gaze = Gaze(self.model)
         self.head = nn.Linear(self.model.config.text_config.hidden_size, _PER_TOKEN)
         self.box_head = nn.Linear(self.model.config.text_config.hidden_size, 4)
+        self.step, self.samples, self.seconds = 0, 0, 0.0
         self.optimisers = self._fresh_optimisers(1.0)
         self.pool = ThreadPoolExecutor(settings.threads, initializer=lambda: torch.set_num_threads(1))
         self.encoder = Encoder(model_folder / "tokenizer.json")
         self.held_out = HeldOutFinds(self.encoder, count=settings.held_out, seed=settings.seed)
-        self.step, self.samples, self.seconds = 0, 0, 0.0
         self.curve: list[dict[str, float]] = []
 
     def _fresh_optimisers(self, tower_share: float) -> Optimisers:
         return Optimisers(self.model, self.head, self.box_head, kind=self.settings.optimiser, tower_share=tower_share)
+
+    @property
+    def settings(self) -> Any:
+        """The recipe as it stands at this step."""
+        return self.recipe.at(self.step)
 
     @property
     def checkpoint(self) -> Path:
@@ -329,20 +334,19 @@ class Trainer:
 
     def run(self, report: Any = None) -> None:
         """Train from where it stands to the end, saving now and then."""
-        s = self.settings
         clock = time.monotonic()
         saved = clock
         parameters = [*self.model.parameters(), *self.head.parameters(), *self.box_head.parameters()]
-        whole = s.vision_steps + s.steps
-        phases = (("see", 0, s.vision_steps, s.vision_learning_rate), ("read", s.vision_steps, whole, s.learning_rate))
-        for phase, first, last, peak in phases:
-            if self.step >= last:
-                continue
+        while self.step < (whole := (s := self.settings).vision_steps + s.steps):
+            seeing = self.step < s.vision_steps
+            phase, peak = ("see", s.vision_learning_rate) if seeing else ("read", s.learning_rate)
+            first, last = (0, s.vision_steps) if seeing else (s.vision_steps, whole)
+            upto = min([last, *(at for at in self.recipe.changes if at > self.step)])
             if self.step == first:
-                self.optimisers = self._fresh_optimisers(1.0 if phase == "see" else s.tower_share)
+                self.optimisers = self._fresh_optimisers(1.0 if seeing else s.tower_share)
             dense_sum = loss_sum = count = 0.0
-            for step in steps_ahead(self.plan(phase), self.step, last):
-                dense, loss = self.learn(step, seeing_only=phase == "see")
+            for step in steps_ahead(self.plan(phase), self.step, upto):
+                dense, loss = self.learn(step, seeing_only=seeing)
                 torch.nn.utils.clip_grad_norm_([p for p in parameters if p.grad is not None], s.max_grad_norm)
                 self.optimisers.step(peak * schedule(self.step - first, last - first, warmup=s.warmup_steps))
                 self.step += 1
@@ -353,7 +357,7 @@ class Trainer:
                 clock = now
                 if self.step % s.logging_steps == 0 or self.step == last:
                     with torch.autocast("cpu", dtype=torch.bfloat16):
-                        found, pointed = self._held_out() if phase == "read" else (0.0, 0.0)
+                        found, pointed = (0.0, 0.0) if seeing else self._held_out()
                     self.curve.append(
                         {
                             "step": self.step,
