@@ -145,12 +145,64 @@ class EndpointConfig(Section):
     check_prompt_tokens: bool = True
     """Compare the first answer's count of prompt tokens with our own, where the grid is a model folder; false goes on whatever
     it says."""
+    image_tokens: int | None = Field(default=None, ge=0)
+    """Tokens an image is taken for in the estimate of the cost, where the grid is no model folder; null takes one for every
+    28 x 28 pixels of it."""
 
     @model_validator(mode="after")
     def _has_a_price(self) -> Self:
         if self.max_cost is not None and not (self.prompt_price or self.completion_price):
             raise ValueError("max_cost needs a prompt_price or a completion_price, per million tokens")
         return self
+
+
+class JudgeConfig(Section):
+    """A model that marks reasoning from 1 to 5: whether it is seen in the images, whether the answer follows, whether it is the
+    reasoning of somebody who did not know the answer."""
+
+    model: str | None = None
+    """Name of the model on its server; null for the teacher itself, at the teacher's address and on its budget."""
+    base_url: str | list[str] | None = None
+    """Address of the judge's server; a list of them shares the work."""
+    api_key_env: str | None = None
+    """Name of the environment variable that holds the judge's key."""
+    endpoint: EndpointConfig = EndpointConfig()
+    """How a judge of its own is asked: as the teacher's `endpoint`, with prices and a budget of its own."""
+    grid: str = Field(default="per_mille", min_length=1)
+    """How a judge of its own reads boxes: as the teacher's `teacher_grid`."""
+    max_pixels_total: int | None = Field(default=None, ge=1)
+    """Pixels that the images of one request share, where the grid is a model folder."""
+    min_mark: float = Field(default=4.0, ge=1, le=5)
+    """Reasoning with a lower mark, in any of the three, is dropped."""
+    samples: int = Field(default=1, ge=1)
+    """Replies per reasoning; each mark is their mean. More than one need a temperature above 0."""
+    candidates: int = Field(default=1, ge=1)
+    """Confirmed attempts judged per question, the best score first; the one with the best marks is kept."""
+    temperature: float = Field(default=0.0, ge=0)
+    """Of the replies."""
+    max_completion_length: int = Field(default=512, ge=1)
+    """Tokens a reply may take."""
+
+    @field_validator("api_key_env")
+    @classmethod
+    def _is_a_variable_name(cls, value: str | None) -> str | None:
+        return _variable_name(value)
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> Self:
+        if (self.model is None) != (not self.base_url):
+            raise ValueError("a judge of its own needs base_url and model; without both, the teacher judges")
+        if self.model is None and self.api_key_env is not None:
+            raise ValueError("api_key_env is for a judge of its own; give its base_url and model, or leave it out")
+        if self.samples > 1 and self.temperature == 0:
+            raise ValueError("samples above 1 need a temperature above 0: the replies would all be the same")
+        return self
+
+
+def _variable_name(value: str | None) -> str | None:
+    if value is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,63}", value):
+        raise ValueError("must be the *name* of an environment variable, such as OPENAI_API_KEY, never the key itself")
+    return value
 
 
 class SynthesizeConfig(Section):
@@ -174,8 +226,19 @@ class SynthesizeConfig(Section):
     """Pixels that the images of one request share, where teacher_grid is a model folder; null leaves the folder's own limit."""
     error_rate: float = Field(default=0.15, ge=0, le=1)
     """Share of the scripted teacher's answers that are wrong on purpose, so that the filter has work to do."""
+    aid: Literal["never", "failed", "always"] = "never"
+    """Whether an endpoint teacher is shown the annotation and asked to reason as if it had not been: `never` (unaided),
+    `failed` for the questions of which no unaided attempt is kept, `always`. Where the annotation names no image: never."""
+    task_advice: dict[str, str] = {}
+    """What an endpoint teacher is told to look for, by task, in place of the built-in texts; `*` is for tasks that have none."""
     samples_per_example: int = Field(default=1, ge=1)
-    """Teacher attempts per example; the best one that passes is kept."""
+    """Teacher attempts per example; the best one that passes is kept. With `aid: failed`, as many once more."""
+    self_consistency: float | None = Field(default=None, gt=0, le=1)
+    """Share of the unaided attempts, itself among them, that must come to the answer of the one that is kept (the same letter, or
+    boxes that overlap by pass_iou); null asks for none. Needs more than one attempt."""
+    judge: JudgeConfig | None = None
+    """A model that marks what the filters leave: `judge.min_mark` and more, listed in the reference. `{}` lets the teacher judge
+    itself; null for no judge."""
     temperature: float = Field(default=0.7, ge=0)
     """Of an endpoint teacher."""
     max_completion_length: int = Field(default=512, ge=1)
@@ -192,8 +255,13 @@ class SynthesizeConfig(Section):
     @field_validator("api_key_env")
     @classmethod
     def _is_a_variable_name(cls, value: str | None) -> str | None:
-        if value is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,63}", value):
-            raise ValueError("must be the *name* of an environment variable, such as OPENAI_API_KEY, never the key itself")
+        return _variable_name(value)
+
+    @field_validator("task_advice")
+    @classmethod
+    def _shows_no_image(cls, value: dict[str, str]) -> dict[str, str]:
+        if wrong := next((task for task, text in value.items() if "<image>" in text), None):
+            raise ValueError(f"the text of {wrong} holds <image>, which would be taken for the place of one; take it out")
         return value
 
     @model_validator(mode="after")
@@ -202,9 +270,31 @@ class SynthesizeConfig(Section):
             raise ValueError(f"min_words {self.min_words} is above max_words {self.max_words}; no reasoning could be kept")
         if self.teacher == "endpoint" and not (self.teacher_base_url and self.teacher_model):
             raise ValueError("teacher: endpoint needs teacher_base_url and teacher_model")
+        if self.teacher == "scripted" and (self.aid != "never" or self.task_advice):
+            raise ValueError(
+                "teacher: scripted knows the answer and reads no prompt; aid and task_advice are for teacher: endpoint"
+            )
+        if self.self_consistency is not None:
+            self._can_be_compared()
+        if self.judge is not None:
+            self._has_a_judge(self.judge)
         if self.teacher == "scripted" and self.teacher_grid != "per_mille":
             raise ValueError(f"teacher: scripted writes per_mille; teacher_grid {self.teacher_grid} is for teacher: endpoint")
         return self
+
+    def _can_be_compared(self) -> None:
+        if self.samples_per_example < 2:
+            raise ValueError("self_consistency compares attempts; set samples_per_example to 2 or more")
+        if self.aid == "always":
+            raise ValueError("self_consistency compares unaided attempts; with aid: always every one repeats the annotation")
+        if self.teacher == "endpoint" and self.temperature == 0:
+            raise ValueError("self_consistency needs a temperature above 0: the attempts would all be the same")
+
+    def _has_a_judge(self, judge: JudgeConfig) -> None:
+        if self.teacher == "scripted" and judge.model is None:
+            raise ValueError("teacher: scripted cannot judge; give judge.base_url and judge.model")
+        if judge.endpoint.on_budget == "finish" and self.endpoint.on_budget == "stop":
+            raise ValueError("judge.endpoint.on_budget: finish needs endpoint.on_budget: finish, which decides for the stage")
 
 
 class TrainingConfig(Section):
