@@ -45,14 +45,14 @@ _TELLS = re.compile(
             # "The correct answer is B" is how a multiple choice ends.
             r"\b(?:the|this) (?:correct|right) (?:answer|choice)\b"
             r"(?! (?:is|must|would|should|has to|can only|seems|therefore|among)\b)",
-            rf"\banswers? (?:is|was|are|were|has been|had been|being) (?:\w+ )?{_TOLD}\b",
+            rf"\banswers? (?:is|was|are|were|has|had|being) (?:already )?(?:been )?(?:\w+ )?{_TOLD}\b",
             r"\banswer,? (?:as )?(?:given|provided)\b",
             r"\b(?:since|because|given that|know(?:ing|n)?|knew) (?:that )?(?:the |its )?"
             r"(?:correct |right |final )?(?:answer|solution)\b",
             r"\bas (?:given|stated|told|provided|instructed|indicated|specified)\b"
             rf"(?! (?:in|by|on|from) (?:the )?(?:\w+ )?(?:question|{_SHOWN}))",
-            r"\b(?:I|we) (?:was|were|am|are|have been|had been) (?:already )?(?:told|given|informed|provided)\b"
-            rf"(?! (?:to\b|(?:with )?(?:\w+ ){{0,4}}{_SHOWN}))",
+            r"\b(?:I|we) (?:was|were|am|are|have been|had been) (?:already )?"
+            rf"(?:(?:told|informed)\b(?! to\b)|(?:given|provided)\b(?! (?:with )?(?:\w+ ){{0,4}}{_SHOWN}))",
             r"\b(?:according to|per|based on|following|from) the (?:\w+ )?(?:answer|solution|label|prompt|instructions?)\b",
             r"\bthe (?:prompt|instructions?|task description|user) "
             r"(?:says?|states?|tells?|gives?|provides?|asks?|wants?|requires?)\b",

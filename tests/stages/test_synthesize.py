@@ -9,86 +9,22 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from polyground.answer import Answer, Located, write_completion
+from polyground.answer import Answer, Located
 from polyground.config import Recipe, RewardConfig, SynthesizeConfig, WorldConfig
 from polyground.conventions import GRIDS
 from polyground.errors import ConfigError
-from polyground.geometry import PER_MILLE, Box
-from polyground.records import Completion, Example, Rollout, answer_from_json
+from polyground.geometry import Box
+from polyground.records import Completion, Example, answer_from_json
 from polyground.rewards import Scorer
 from polyground.stages import synthesize, world
-from polyground.stages.synthesize import (
-    Dropped,
-    ask_of,
-    mentions_coordinates,
-    taught_answer,
-    teacher_grids,
-    tells,
-    verdict,
-)
+from polyground.stages.synthesize import ask_of, teacher_grids
 from polyground.storage import read_rows
+from polyground.teaching import mentions_coordinates
 from toys import write_image
 
-LEFT, RIGHT = Box(0.0, 0.0, 0.5, 1.0), Box(0.5, 0.0, 1.0, 1.0)
+LEFT = Box(0.0, 0.0, 0.5, 1.0)
 EXAMPLE = Example(key="e", task="find", images=(Path("a.png"), Path("b.png")), question="?", target=Answer((Located(2, LEFT),)))
-CONFIG = SynthesizeConfig(min_words=3, max_words=12)
 SCORER = Scorer([RewardConfig(name="iou")])
-
-
-def says(think: str, image: int = 2, box: Box = LEFT) -> str:
-    return write_completion(think, Answer((Located(image, box),)), [PER_MILLE, PER_MILLE])
-
-
-@pytest.mark.parametrize(
-    ("text", "why"),
-    [
-        pytest.param(says("Image 1 has 3 stars. Image 2 has it."), None, id="kept"),
-        pytest.param("it is on the left", Dropped.UNREADABLE, id="unreadable"),
-        pytest.param("Well. " + says("Image 2 has it."), Dropped.FORMAT, id="text-before-the-reasoning"),
-        pytest.param(says("Image 1 has it.", image=1), Dropped.WRONG_IMAGE, id="wrong-image"),
-        pytest.param(says("Image 2 has it.", box=RIGHT), Dropped.WRONG_BOX, id="wrong-box"),
-        pytest.param(says("It is at [0, 0, 500, 1000]."), Dropped.COORDINATES, id="coordinates"),
-        pytest.param(says("The ground truth is image 2."), Dropped.TELLS, id="tells"),
-        pytest.param(says("It is."), Dropped.TOO_SHORT, id="too-short"),
-        pytest.param(says("Image 2 has it. " * 9), Dropped.TOO_LONG, id="too-long"),
-    ],
-)
-def test_the_verdict_on_a_completion(text: str, why: Dropped | None) -> None:
-    completion = Completion(text=text)
-    score = SCORER.score(completion, EXAMPLE, [PER_MILLE, PER_MILLE])
-    assert verdict(Rollout(example="e", task="find", completion=completion, score=score), EXAMPLE, CONFIG) is why
-
-
-def test_a_wrong_letter_is_a_wrong_choice() -> None:
-    example = Example(key="c", task="count", images=(Path("a.png"),), question="?", target=Answer(choice="B"), choices=("1", "2"))
-    completion = Completion(text="<think>There are two of them.</think><answer>A</answer>")
-    score = SCORER.score(completion, example, [PER_MILLE])
-    assert (
-        verdict(Rollout(example="c", task="count", completion=completion, score=score), example, CONFIG) is Dropped.WRONG_CHOICE
-    )
-
-
-@pytest.mark.parametrize("text", ["at (12, 40)", "x = 0.25", "250 wide", "12, 40, 60, 80", "10 px", "bbox"])
-def test_coordinates_are_found_in_any_shape(text: str) -> None:
-    assert mentions_coordinates(text)
-
-
-@pytest.mark.parametrize("text", ["Image 2: red star, blue ring.", "There are 12 objects in 3 images.", "Images 1, 2 and 3."])
-def test_counts_and_image_numbers_are_no_coordinates(text: str) -> None:
-    assert not mentions_coordinates(text)
-
-
-@pytest.mark.parametrize(
-    "text", ["As the hint says", "the given answer", "The answer is known.", "the annotated box", "Ground-truth"]
-)
-def test_talk_of_the_answer_is_found(text: str) -> None:
-    assert tells(text)
-
-
-def test_the_annotation_is_taught_and_the_teacher_supplies_a_missing_image() -> None:
-    answered = Answer((Located(2, RIGHT),))
-    assert taught_answer(Answer((Located(1, LEFT),)), answered) == Answer((Located(1, LEFT),))
-    assert taught_answer(Answer((Located(None, LEFT),)), answered) == Answer((Located(2, LEFT),))
 
 
 def small(out: Path, **options: object) -> Recipe:

@@ -47,7 +47,8 @@ class EndpointSampler:
     first answer's count of prompt tokens is then compared with our own, unless `check_prompt_tokens` is False.
 
     Answers are kept in the folder `cache`, and one that is there is not asked for again. With `max_tokens` or `max_cost`
-    (at these `prices`), no request is started once so much is spent; those under way are still kept.
+    (at these `prices`), no request is started once so much is spent; those under way are still kept. `section` is what a recipe
+    calls these settings.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class EndpointSampler:
         prices: Prices | None = None,
         max_tokens: int | None = None,
         max_cost: float | None = None,
+        section: str = "endpoint",
         clock: Clock | None = None,
     ) -> None:
         urls = [base_url] if isinstance(base_url, str) else list(base_url)
@@ -77,6 +79,7 @@ class EndpointSampler:
         self._concurrency = concurrency
         self._prices = prices or Prices()
         self._max_tokens, self._max_cost = max_tokens, max_cost
+        self._section = section
         if max_cost is not None and Responses(None).spending.cost(self._prices) is None:
             raise ConfigError("max_cost needs a price: give prompt_price or completion_price, per million tokens")
         self._servers = Servers(
@@ -105,6 +108,7 @@ class EndpointSampler:
         cache: Path,
         api_key_env: str | None = None,
         convention: Convention | None = None,
+        section: str = "endpoint",
     ) -> Self:
         """As a recipe says; `cache` where it names no folder."""
         return cls(
@@ -119,6 +123,7 @@ class EndpointSampler:
             prices=Prices(prompt=config.prompt_price, completion=config.completion_price),
             max_tokens=config.max_tokens,
             max_cost=config.max_cost,
+            section=section,
         )
 
     def sample(
@@ -222,8 +227,7 @@ class EndpointSampler:
     async def _group(
         self, prompt: Sequence[Message], name: str, *, n: int, options: Mapping[str, Any], seed: int
     ) -> list[Completion]:
-        base = await asyncio.to_thread(self._identity, prompt, name, options, seed)
-        keys = [_sample_key(base, number) for number in range(n)]
+        keys = await asyncio.to_thread(self._keys, prompt, name, n, options, seed)
         found = {number: kept for number, key in enumerate(keys) if (kept := self._responses.get(key)) is not None}
         self._reused += len(found)
         if len(found) < n:
@@ -244,9 +248,9 @@ class EndpointSampler:
         cost = spending.cost(self._prices)
         if self._max_tokens is not None and spending.tokens >= self._max_tokens:
             spent = f"the budget of {self._max_tokens:,} tokens is spent ({spending.tokens:,})"
-            raise BudgetError(f"{spent}; raise endpoint.max_tokens")
+            raise BudgetError(f"{spent}; raise {self._section}.max_tokens")
         if self._max_cost is not None and cost is not None and cost >= self._max_cost:
-            raise BudgetError(f"the budget of {self._max_cost:g} is spent ({cost:.4f}); raise endpoint.max_cost")
+            raise BudgetError(f"the budget of {self._max_cost:g} is spent ({cost:.4f}); raise {self._section}.max_cost")
 
     async def _checked(self, request: Mapping[str, Any], n: int, prompt: Sequence[Message], canvases: Sequence[Canvas]) -> Reply:
         """The answer; the very first one, which goes alone, must have read the prompt as we count it."""
@@ -285,15 +289,8 @@ class EndpointSampler:
             "very model, with the same limits of pixels, or set check_prompt_tokens: false to go on all the same"
         )
 
-    def _identity(self, prompt: Sequence[Message], name: str, options: Mapping[str, Any], seed: int) -> str:
-        """A digest of everything that decides the answers, images by their bytes; which server is asked does not."""
-        images = [path for message in prompt for path in message.images]
-        parts = [[m.role, [part if isinstance(part, str) else [_digest(part)] for part in m.parts]] for m in prompt]
-        reading = None
-        if self._convention is not None and images:
-            reading = [repr(self._convention.layout), self._convention.pixel_budget(len(images))]
-        asked = [self._model, parts, reading, dict(options), seed, name]
-        return hashlib.sha256(json.dumps(asked, sort_keys=True).encode("utf-8", "surrogatepass")).hexdigest()
+    def _keys(self, prompt: Sequence[Message], name: str, n: int, options: Mapping[str, Any], seed: int) -> list[str]:
+        return sample_keys(prompt, model=self._model, convention=self._convention, options=options, seed=seed, name=name, n=n)
 
     def _prepared(self, prompt: Sequence[Message]) -> tuple[list[dict[str, Any]], dict[str, Any], list[Canvas]]:
         """The messages in the protocol's words, what else the server must be told to read their images as we do, and as what."""
@@ -312,6 +309,28 @@ class EndpointSampler:
                     # vLLM hands these on to the image processor.
                     extra = {"extra_body": {"mm_processor_kwargs": layout.processor_options(budget)}}
         return [_to_openai(message, pictures) for message in prompt], extra, [canvases[path] for path in paths if canvases]
+
+
+def sample_keys(
+    prompt: Sequence[Message],
+    *,
+    model: str,
+    convention: Convention | None,
+    options: Mapping[str, Any],
+    seed: int,
+    name: str,
+    n: int,
+) -> list[str]:
+    """What the answers of a prompt are kept under: a digest of everything that decides them, images by their bytes; which server
+    is asked does not."""
+    images = [path for message in prompt for path in message.images]
+    parts = [[m.role, [part if isinstance(part, str) else [_digest(part)] for part in m.parts]] for m in prompt]
+    reading = None
+    if convention is not None and images:
+        reading = [repr(convention.layout), convention.pixel_budget(len(images))]
+    asked = [model, parts, reading, dict(options), seed, name]
+    base = hashlib.sha256(json.dumps(asked, sort_keys=True).encode("utf-8", "surrogatepass")).hexdigest()
+    return [_sample_key(base, number) for number in range(n)]
 
 
 def _run(loop: asyncio.AbstractEventLoop) -> None:

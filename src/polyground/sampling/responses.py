@@ -13,7 +13,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from polyground.errors import StorageError
 from polyground.records import Completion
@@ -74,6 +74,14 @@ class Responses:
         self._lock: int | None = None
         if folder is not None:
             self._open(folder)
+
+    @classmethod
+    def looked_at(cls, folder: Path) -> Self:
+        """Those of a folder that may not be there, which is neither made nor written to."""
+        found = cls(None)
+        for path in sorted(folder.glob("answers-*.jsonl")):
+            found._read(path)
+        return found
 
     def __len__(self) -> int:
         return len(self._places)

@@ -346,6 +346,13 @@ def aligned(header: Sequence[str], rows: Iterable[Sequence[str]], *, left: int =
     return "\n".join(f"  {line}".rstrip() for line in [lines[0], "─" * (sum(widths) + 2 * (len(widths) - 1)), *lines[1:]])
 
 
+def say(line: str) -> None:
+    """One line, or a table, on standard error."""
+    from rich.console import Console
+
+    Console(stderr=True).print(line, highlight=False, markup=False, soft_wrap=True)
+
+
 def track(rows: Iterable[Row], description: str, *, total: int, done: int = 0) -> Iterator[Row]:
     """Pass the rows on under a progress bar on standard error; where that is no terminal, say only start and end."""
     from rich.console import Console

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import json
 import math
 import resource
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -167,6 +169,7 @@ def plan(recipe: Recipe, verb: str) -> str:
         "inputs": _inputs(recipe, verb),
         "outputs": _outputs(recipe, verb),
         "work on one device (steps and rollouts are shared out where there are more)": _work(recipe, verb),
+        "cost of synthesis": _cost(recipe, verb),
         "memory of one device": _memory(recipe, verb),
     }
     blocks = [[f"# {title}", *lines] for title, lines in parts.items()]
@@ -339,6 +342,41 @@ def _evaluate_work(recipe: Recipe, counts: Mapping[str, int | None]) -> str:
     total = sum(count or 0 for count in asked.values())
     splits = ", ".join(f"{split} {count:,}" for split, count in asked.items())
     return f"{models}: {most}{total:,} answers each, {len(roles) * total:,} together, {tokens} ({splits})"
+
+
+def _cost(recipe: Recipe, verb: str) -> Iterator[str]:
+    """What the servers of `synthesize` will be asked for and paid; nothing where it asks none or is complete."""
+    config = recipe.synthesize
+    wanted = verb == "synthesize" or (verb == "run" and _is_done_by(recipe, "synthesize"))
+    if not wanted or (config.teacher == "scripted" and config.judge is None) or _kept(recipe, "synthesize") is not None:
+        return
+    from polyground.stages.synthesize import cost_lines
+
+    try:
+        files = split_files(recipe, "train")
+        if missing := [file.path for file in files if not file.path.exists()]:
+            yield f"not estimated: {missing[0]} is not there yet"
+            return
+        if verb == "run" and any(file.path.is_file() and file.path.stat().st_size > COUNTED_BYTES for file in files):
+            yield "not estimated in passing, for the size of train: `polyground synthesize RECIPE --dry-run` does"
+            return
+        items = (item for file in files for item in scan_file(file))
+        examples = list(islice((item for item in items if isinstance(item, Example)), config.limit))
+    except (DataError, StorageError) as error:
+        yield f"not estimated: {error}"
+        return
+    done = _done_keys(recipe.out / "synthesize")
+    yield from cost_lines(recipe, [example for example in examples if example.key not in done])
+
+
+def _done_keys(folder: Path) -> set[str]:
+    """What an interrupted stage has written; the last line may be torn."""
+    done = set()
+    for path in (folder / "kept.jsonl", folder / "rejected.jsonl"):
+        for line in path.read_bytes().splitlines() if path.is_file() else ():
+            with suppress(ValueError, KeyError, TypeError):
+                done.add(str(json.loads(line)["key"]))
+    return done
 
 
 def _memory(recipe: Recipe, verb: str) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Let a teacher reason about training questions, and keep only what the scorer confirms.
+"""Let a teacher reason about training questions, and keep only what the scorer, and a judge if there is one, confirm.
 
 Rows of `kept.jsonl` are the example itself plus `reasoning`, `answer` (on unit coordinates: written on the student's grid
 by the training stage), `score` and where they come from. What was dropped, and why, is in `rejected.jsonl`.
@@ -6,56 +6,47 @@ by the training stage), `score` and where they come from. What was dropped, and 
 
 from __future__ import annotations
 
-import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from random import Random
-from typing import Any
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
 
-from polyground.answer import Answer, Located, follows_contract, reasoning_of
-from polyground.config import Recipe, SynthesizeConfig
+from polyground.answer import Answer, reasoning_of
+from polyground.config import EndpointConfig, Recipe, SynthesizeConfig
 from polyground.conventions import GRIDS, Convention, load_convention, named_grid
-from polyground.errors import BudgetError, ConfigError, DataError
+from polyground.curation import Attempt, GridsOf, Judge, Teacher, attempts_at, best_of, furthest_of, taught_answer
+from polyground.errors import BudgetError, ConfigError, DataError, PolygroundError
 from polyground.geometry import PER_MILLE, Grid
 from polyground.imagefile import image_size
-from polyground.prompts import PROMPT_VERSION, teacher_messages
-from polyground.records import Example, Message, Rollout, answer_to_json
+from polyground.prompts import PROMPT_VERSION, TEACHER_VERSION, can_be_explained, judge_messages, teacher_messages
+from polyground.records import Example, Message, answer_to_json
 from polyground.rewards import Scorer
-from polyground.rollout import Ask, Group, is_confirmed, rollout_groups
+from polyground.rollout import Ask
 from polyground.sampling import Sampler, sample_seed
+from polyground.sampling.forecast import Asking, Estimate, Forecast
 from polyground.sampling.scripted import ScriptedSampler
-from polyground.stages import own_splits, read_split, scene_paths, split_identity, stage_folder, track
+from polyground.stages import aligned, own_splits, read_split, say, scene_paths, split_identity, stage_folder, track
 from polyground.storage import RunFolder
+from polyground.teaching import MARKS
 from polyground.vision import canvas_of
 from polyground.worlds.teacher import read_scene_rows, row_of, scripted_completion
 
-GridsOf = Callable[[Sequence[Path]], Sequence[Grid]]
-"""The grid of each image of one prompt."""
+if TYPE_CHECKING:
+    from polyground.sampling.endpoint import EndpointSampler
 
+REASONED, MARKED = 150, 40
+"""Tokens that an answer with its reasoning, and a judge's reply, are taken to have until there are some."""
 
-class Dropped(StrEnum):
-    """Why a teacher's completion is not taught."""
-
-    UNREADABLE = "unreadable"
-    FORMAT = "format"
-    """Readable, but not one think block and one answer block."""
-    WRONG_IMAGE = "wrong_image"
-    WRONG_BOX = "wrong_box"
-    WRONG_CHOICE = "wrong_choice"
-    COORDINATES = "coordinates"
-    """The reasoning holds numbers that a viewer of the images could not have read off them."""
-    TELLS = "tells"
-    """The reasoning speaks of a hint, of a given answer, or of the ground truth."""
-    TOO_SHORT = "too_short"
-    TOO_LONG = "too_long"
+LOOKED_AT = 1000
+"""Questions, spread over the split, that an estimate measures; more are taken to be alike."""
 
 
 def run(recipe: Recipe) -> Mapping[str, Any]:
-    """Ask the teacher every training question; keep the best attempt that the scorer and the reasoning rules confirm."""
+    """Ask the teacher every training question; keep the best attempt that the scorer, the rules and the judge confirm."""
     config = recipe.synthesize
     examples = read_split(recipe, "train")[: config.limit]
     identity = {
@@ -69,74 +60,78 @@ def run(recipe: Recipe) -> Mapping[str, Any]:
         if folder.complete:
             return folder.summary
         done = folder.done_keys("kept.jsonl") | folder.done_keys("rejected.jsonl")
+        left = [example for example in examples if example.key not in done]
+        for line in cost_lines(recipe, left):
+            say(line)
         teacher = open_teacher(recipe, "train", examples)
-        origin = {"teacher": teacher.name, "seed": recipe.seed}
+        judge = open_judge(recipe, teacher)
+        tried = partial(
+            attempts_at, config=config, teacher=teacher, judge=judge, scoring=Scorer(recipe.rewards).score, seed=recipe.seed
+        )
 
-        def groups_of(few: Sequence[Example]) -> Iterator[Group]:
-            return rollout_groups(
-                few,
-                sampler=teacher.sampler,
-                ask=teacher.ask,
-                judge=Scorer(recipe.rewards).score,
-                n=config.samples_per_example,
-                temperature=config.temperature,
-                max_tokens=config.max_completion_length,
-                seed=recipe.seed,
-                batch=teacher.batch,
-                done=done,
-            )
+        def outcomes() -> Iterator[tuple[Example, list[Attempt]]]:
+            for few in (left[start : start + teacher.batch] for start in range(0, len(left), teacher.batch)):
+                yield from zip(few, tried(few), strict=True)
+
+        def record(example: Example, attempts: Sequence[Attempt]) -> None:
+            _keep_or_drop(folder, example, attempts, origin=_origin(recipe, teacher, judge))
+            done.add(example.key)
 
         stopped: dict[str, Any] = {}
         try:
-            for group in track(groups_of(examples), "synthesize", total=len(examples), done=len(done)):
-                _keep_or_drop(folder, group, config=config, origin=origin)
-                done.add(group.example.key)
+            for example, attempts in track(outcomes(), "synthesize", total=len(examples), done=len(done)):
+                record(example, attempts)
         except BudgetError as error:
             if config.endpoint.on_budget == "stop":
                 raise
             stopped = {"stopped": str(error)}
             # Of the batch that was cut, what has been answered.
-            for example in [example for example in examples if example.key not in done][: teacher.batch]:
+            for example in [example for example in left if example.key not in done][: teacher.batch]:
                 with suppress(BudgetError):
-                    for group in groups_of([example]):
-                        _keep_or_drop(folder, group, config=config, origin=origin)
-                        done.add(example.key)
-        summary = _summarize(folder, asked=len(done)) | stopped | ({"endpoint": teacher.usage()} if teacher.usage else {})
+                    record(example, *tried([example]))
+        summary = _summarize(folder, asked=len(done)) | stopped | _usage(teacher, judge)
         if not summary["kept"]:
             raise DataError(f"{folder.path}: the teacher's answers were all dropped ({summary['dropped']}); see rejected.jsonl")
         return folder.finish(summary).summary
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Teacher:
-    """Who reasons: scripted from the facts of the simulated world, or a model behind a server."""
-
-    name: str
-    """Provenance, written to every row."""
-    sampler: Sampler
-    ask: Ask
-    batch: int
-    """Questions asked at once."""
-    usage: Callable[[], Mapping[str, Any]] | None = None
-    """What was asked of servers and spent there so far; None without one."""
-
-
 def open_teacher(recipe: Recipe, split: str, examples: Sequence[Example]) -> Teacher:
     """The recipe's teacher for the examples of a split."""
-    grids_of, convention = teacher_grids(recipe.synthesize)
-    if recipe.synthesize.teacher == "scripted":
+    config = recipe.synthesize
+    grids_of, convention = teacher_grids(config)
+    ask, explain = (ask_of(grids_of, template=template, advice=config.task_advice) for template in ("ask", "explain"))
+    if config.teacher == "scripted":
         sampler, name, batch = _scripted(recipe, split, examples)
-    else:
-        return _endpoint(recipe, convention, ask_of(grids_of))
-    return Teacher(name=name, sampler=sampler, ask=ask_of(grids_of), batch=batch)
+        return Teacher(name=name, sampler=sampler, ask=ask, explain=explain, batch=batch)
+    if not config.teacher_base_url or config.teacher_model is None:
+        raise ConfigError("synthesize.teacher: endpoint needs teacher_base_url and teacher_model")
+    served = _served(
+        recipe, config.teacher_base_url, config.teacher_model, config.endpoint, "synthesize", config.api_key_env, convention
+    )
+    # Enough that the servers are not idle while the last answers of a batch come in.
+    batch = max(16, 4 * config.endpoint.concurrency)
+    return Teacher(name=config.teacher_model, sampler=served, ask=ask, explain=explain, batch=batch, usage=lambda: served.usage)
 
 
-def ask_of(grids_of: GridsOf) -> Ask:
-    """How the teacher is asked: the annotation hidden, and the grid of its boxes told."""
+def open_judge(recipe: Recipe, teacher: Teacher) -> Judge | None:
+    """The recipe's judge, who may be the teacher; None for no judge."""
+    config = recipe.synthesize.judge
+    if config is None:
+        return None
+    if not config.base_url or config.model is None:
+        grids_of, _ = teacher_grids(recipe.synthesize)
+        return Judge(name=teacher.name, sampler=teacher.sampler, grids_of=grids_of)
+    grids_of, convention = judge_grids(recipe.synthesize)
+    served = _served(recipe, config.base_url, config.model, config.endpoint, "judge", config.api_key_env, convention)
+    return Judge(name=config.model, sampler=served, grids_of=grids_of, usage=lambda: served.usage)
+
+
+def ask_of(grids_of: GridsOf, *, template: str = "ask", advice: Mapping[str, str] | None = None) -> Ask:
+    """How the teacher is asked: with a text of `prompt_texts/teacher.yaml`, and the grid of its boxes told."""
 
     def ask(example: Example) -> tuple[Sequence[Message], Sequence[Grid]]:
         grids = grids_of(example.images)
-        return teacher_messages(example, grids), grids
+        return teacher_messages(example, grids, template=template, advice=advice or {}), grids
 
     return ask
 
@@ -146,11 +141,22 @@ def teacher_grids(config: SynthesizeConfig) -> tuple[GridsOf, Convention | None]
 
     Raises ConfigError for neither a known name nor a folder.
     """
-    name = config.teacher_grid
+    return _grids(config.teacher_grid, config.teacher_max_pixels_total, "teacher_grid", "teacher_max_pixels_total")
+
+
+def judge_grids(config: SynthesizeConfig) -> tuple[GridsOf, Convention | None]:
+    """As `teacher_grids`, of the judge: the teacher's where the teacher judges."""
+    judge = config.judge
+    if judge is None or judge.model is None:
+        return teacher_grids(config)
+    return _grids(judge.grid, judge.max_pixels_total, "judge.grid", "judge.max_pixels_total")
+
+
+def _grids(name: str, max_pixels_total: int | None, key: str, pixels_key: str) -> tuple[GridsOf, Convention | None]:
     if name in GRIDS:
-        if config.teacher_max_pixels_total is not None:
+        if max_pixels_total is not None:
             raise ConfigError(
-                f"synthesize.teacher_max_pixels_total needs the folder of the model served as synthesize.teacher_grid; "
+                f"synthesize.{pixels_key} needs the folder of the model served as synthesize.{key}; "
                 f"with {name!r} images are sent as they are"
             )
         if named_grid(name, 1, 1) == named_grid(name, 2, 2):
@@ -158,10 +164,10 @@ def teacher_grids(config: SynthesizeConfig) -> tuple[GridsOf, Convention | None]
         return lambda images: [named_grid(name, *image_size(image)) for image in images], None
     if not Path(name).is_dir():
         raise ConfigError(
-            f"synthesize.teacher_grid {name!r} is neither one of {', '.join(GRIDS)} nor a model folder; name how the teacher "
+            f"synthesize.{key} {name!r} is neither one of {', '.join(GRIDS)} nor a model folder; name how the model there "
             "writes boxes"
         )
-    convention = load_convention(name, max_pixels_total=config.teacher_max_pixels_total)
+    convention = load_convention(name, max_pixels_total=max_pixels_total)
     if convention.per_mille:
         return lambda images: [PER_MILLE] * len(images), convention
 
@@ -189,124 +195,208 @@ def _scripted(recipe: Recipe, split: str, examples: Sequence[Example]) -> tuple[
     return ScriptedSampler(script), "scripted", 32
 
 
-def _endpoint(recipe: Recipe, convention: Convention | None, ask: Ask) -> Teacher:
+def _served(
+    recipe: Recipe,
+    url: str | list[str],
+    model: str,
+    config: EndpointConfig,
+    role: str,
+    key_env: str | None,
+    convention: Convention | None,
+) -> EndpointSampler:
+    """A sampler whose answers are kept under its role, which is the name of a folder."""
     from polyground.sampling.endpoint import EndpointSampler
 
-    config = recipe.synthesize
-    if not config.teacher_base_url or config.teacher_model is None:
-        raise ConfigError("synthesize.teacher: endpoint needs teacher_base_url and teacher_model")
-    sampler = EndpointSampler.from_config(
-        config.teacher_base_url,
-        config.teacher_model,
-        config.endpoint,
-        cache=recipe.out / "answers" / "synthesize",
-        api_key_env=config.api_key_env,
+    return EndpointSampler.from_config(
+        url,
+        model,
+        config,
+        cache=_answers(recipe, role),
+        api_key_env=key_env,
         convention=convention,
+        section="judge.endpoint" if role == "judge" else "endpoint",
     )
-    # Enough that the servers are not idle while the last answers of a batch come in.
-    batch = max(16, 4 * config.endpoint.concurrency)
-    return Teacher(name=config.teacher_model, sampler=sampler, ask=ask, batch=batch, usage=lambda: sampler.usage)
+
+
+def _answers(recipe: Recipe, role: str) -> Path:
+    return recipe.out / "answers" / role
 
 
 def _deciding(config: SynthesizeConfig) -> dict[str, Any]:
-    """What decides the rows: not where the teacher is served, nor how patiently it is asked."""
+    """What decides the rows: not where teacher and judge are served, nor how patiently they are asked.
+
+    What is not used is left out, so that rows made before it existed are known again.
+    """
     decides = {name: value for name, value in config.to_json().items() if name != "endpoint"}
-    return decides | {"teacher_base_url": None, "api_key_env": None}
+    decides |= {"teacher_base_url": None, "api_key_env": None}
+    if config.judge is not None:
+        elsewhere = {"base_url", "api_key_env", "endpoint"}
+        decides["judge"] = {name: value for name, value in decides["judge"].items() if name not in elsewhere}
+    unused: dict[str, Any] = {"aid": "never", "task_advice": {}, "self_consistency": None, "judge": None}
+    decides = {name: value for name, value in decides.items() if name not in unused or value != unused[name]}
+    if config.teacher == "endpoint" or config.judge is not None:
+        decides["teacher_version"] = TEACHER_VERSION
+    return decides
 
 
-def _keep_or_drop(folder: RunFolder, group: Group, *, config: SynthesizeConfig, origin: Mapping[str, Any]) -> None:
-    verdicts = [verdict(rollout, group.example, config) for rollout in group.rollouts]
-    confirmed = [rollout for rollout, why in zip(group.rollouts, verdicts, strict=True) if why is None]
-    origin = {**origin, "prompt_version": PROMPT_VERSION, "attempts": len(verdicts)}
-    if confirmed:
-        folder.append("kept.jsonl", _row(group.example, max(confirmed, key=lambda rollout: rollout.score.total), origin))
-    else:
-        row = {"key": group.example.key, "task": group.example.task, "reason": verdicts[0], "reasons": verdicts}
-        folder.append("rejected.jsonl", {**row, "text": group.rollouts[0].completion.text, **origin})
+def _origin(recipe: Recipe, teacher: Teacher, judge: Judge | None) -> dict[str, Any]:
+    origin: dict[str, Any] = {"teacher": teacher.name, "seed": recipe.seed, "prompt_version": PROMPT_VERSION}
+    if teacher.usage is not None:
+        origin["teacher_version"] = TEACHER_VERSION
+    return origin if judge is None else {**origin, "judge": judge.name}
 
 
-def verdict(rollout: Rollout, example: Example, config: SynthesizeConfig) -> Dropped | None:
-    """Why a completion is dropped, the gravest reason first; None when it is taught."""
-    score, text = rollout.score, rollout.completion.text
-    if score.unreadable is not None:
-        return Dropped.UNREADABLE
-    if not follows_contract(text):
-        return Dropped.FORMAT
-    if not is_confirmed(score, threshold=config.pass_iou):
-        if example.target.choice is not None:
-            return Dropped.WRONG_CHOICE
-        return Dropped.WRONG_IMAGE if score.image_correct is not None and score.image_correct < 1 else Dropped.WRONG_BOX
-    return _fault(reasoning_of(text) or "", config)
+def _keep_or_drop(folder: RunFolder, example: Example, attempts: Sequence[Attempt], *, origin: Mapping[str, Any]) -> None:
+    """A row of one of the two files. `reasons` has one entry per attempt, null for one that was fit."""
+    about = {**origin, "attempts": len(attempts), "reasons": [attempt.why for attempt in attempts]}
+    taught = best_of(attempts)
+    if taught is not None:
+        folder.append("kept.jsonl", _row(example, taught, about))
+        return
+    nearest = furthest_of(attempts)
+    row = {"key": example.key, "task": example.task, "reason": nearest.why, **about}
+    folder.append("rejected.jsonl", {**row, "text": nearest.rollout.completion.text, **_details(nearest)})
 
 
-def _fault(reasoning: str, config: SynthesizeConfig) -> Dropped | None:
-    if tells(reasoning):
-        return Dropped.TELLS
-    if mentions_coordinates(reasoning):
-        return Dropped.COORDINATES
-    words = len(reasoning.split())
-    if words < config.min_words:
-        return Dropped.TOO_SHORT
-    return Dropped.TOO_LONG if words > config.max_words else None
-
-
-_COORDINATES = re.compile(r"\d+\.\d+|\b\d{3,}\b|\d+\s*(?:px|pixels?)\b|[\[(]\s*\d+\s*,\s*\d+|(?:\d+\s*,\s*){3}\d+|<box>|bbox")
-_TELLS = re.compile(
-    r"ground[\s-]*truth|annotat(?:ed|ion)"
-    r"|\b(?:given|provided|supplied|known|correct|expected|reference) (?:answer|box|solution|target)\b"
-    r"|answer (?:is|was) (?:given|provided|known|supplied)|\bhint\b|as (?:given|stated|told|provided)\b",
-    re.IGNORECASE,
-)
-
-
-def mentions_coordinates(reasoning: str) -> bool:
-    """True for numbers of the size or the shape of a box; counts and image numbers ("image 2", "12 stars") pass.
-
-    >>> mentions_coordinates("Image 2 has 3 stars."), mentions_coordinates("It is at (12, 40).")
-    (False, True)
-    """
-    return _COORDINATES.search(reasoning) is not None
-
-
-def tells(reasoning: str) -> bool:
-    """True for reasoning that gives away that the answer was known beforehand.
-
-    >>> tells("The ground truth is given."), tells("The red star moved.")
-    (True, False)
-    """
-    return _TELLS.search(reasoning) is not None
-
-
-def _row(example: Example, rollout: Rollout, origin: Mapping[str, Any]) -> dict[str, Any]:
-    answered = rollout.score.answer or example.target
+def _row(example: Example, attempt: Attempt, origin: Mapping[str, Any]) -> dict[str, Any]:
+    rollout = attempt.rollout
     return {
         **example.to_json(),
         "reasoning": reasoning_of(rollout.completion.text),
-        "answer": answer_to_json(taught_answer(example.target, answered)),
+        "answer": answer_to_json(taught_answer(example.target, rollout.score.answer or example.target)),
         "score": rollout.score.to_json(),
         **origin,
+        **_details(attempt),
     }
 
 
-def taught_answer(target: Answer, answered: Answer) -> Answer:
-    """The annotation, which is more exact than any teacher; the image numbers are the teacher's where it has none."""
-    if all(located.image is not None for located in target.boxes):
-        return target
-    images = [located.image for located in answered.boxes]
-    return Answer(tuple(_with_image(t, images, i) for i, t in enumerate(target.boxes))) if images else answered
-
-
-def _with_image(target: Located, images: Sequence[int | None], index: int) -> Located:
-    return Located(target.image if target.image is not None else images[min(index, len(images) - 1)], target.box)
+def _details(attempt: Attempt) -> dict[str, Any]:
+    """What there is to say of an attempt beyond its score."""
+    details = {"agreement": attempt.agreement, "marks": attempt.marks and dict(attempt.marks)}
+    return {"aided": attempt.aided} | {name: value for name, value in details.items() if value is not None}
 
 
 def _summarize(folder: RunFolder, *, asked: int) -> dict[str, Any]:
-    kept = list(folder.rows("kept.jsonl"))
-    dropped = Counter(row["reason"] for row in folder.rows("rejected.jsonl"))
-    return {
+    kept, rejected = list(folder.rows("kept.jsonl")), list(folder.rows("rejected.jsonl"))
+    attempts = Counter(why for row in [*kept, *rejected] for why in row.get("reasons", ()) if why is not None)
+    summary: dict[str, Any] = {
         "asked": asked,
         "kept": len(kept),
-        "dropped": dict(sorted(dropped.items())),
+        "dropped": dict(sorted(Counter(row["reason"] for row in rejected).items())),
+        "dropped_attempts": dict(sorted(attempts.items())),
         "kept_by_task": dict(sorted(Counter(row["task"] for row in kept).items())),
         "mean_words": sum(len(row["reasoning"].split()) for row in kept) / max(1, len(kept)),
     }
+    if aided := sum(row.get("aided", False) for row in kept):
+        summary["kept_aided"] = aided
+    if agreed := [row["agreement"] for row in kept if "agreement" in row]:
+        summary["mean_agreement"] = fmean(agreed)
+    if marked := [row["marks"] for row in [*kept, *rejected] if "marks" in row]:
+        summary["mean_marks"] = {name: fmean(marks[name] for marks in marked) for name in MARKS}
+    return summary
+
+
+def _usage(teacher: Teacher, judge: Judge | None) -> dict[str, Any]:
+    """What was asked and spent, of each server; a teacher that judges is one."""
+    found = {} if teacher.usage is None else {"endpoint": teacher.usage()}
+    return found if judge is None or judge.usage is None else {**found, "judge_endpoint": judge.usage()}
+
+
+# ---------------------------------------------------------------- what it will cost
+
+
+def cost_lines(recipe: Recipe, examples: Sequence[Example]) -> list[str]:
+    """The estimate as text, or why there is none; nothing where no server is to be asked."""
+    try:
+        found = estimate(recipe, examples)
+    except PolygroundError as error:
+        return [f"cost not estimated: {error}"]
+    if not found.forecasts:
+        return []
+    return [aligned(*found.table()), *(f"  {note}" for note in found.notes)]
+
+
+def estimate(recipe: Recipe, examples: Sequence[Example]) -> Estimate:
+    """What asking these examples would come to, in requests, tokens and, with prices, money. Asks no server and writes nothing.
+
+    Whether an attempt will be kept is not known: what depends on it is told as what it comes to at most.
+    """
+    config = recipe.synthesize
+    step = max(1, -(-len(examples) // LOOKED_AT))
+    few = examples[::step]
+    forecasts: list[tuple[Forecast, str]] = []
+    notes: list[str] = []
+    if config.teacher == "endpoint" and few:
+        asking = _teacher_asking(recipe)
+        grids_of, _ = teacher_grids(config)
+        explicable = [example for example in few if can_be_explained(example)]
+        unaided = few if config.aid != "always" else [example for example in few if not can_be_explained(example)]
+        aided = {"never": [], "failed": explicable, "always": explicable}[config.aid]
+        for what, asked, template in (
+            ("unaided", unaided, "ask"),
+            ("aided" if config.aid == "always" else "aided, at most", aided, "explain"),
+        ):
+            if asked:
+                ask = ask_of(grids_of, template=template, advice=config.task_advice)
+                prompts, keys = [ask(example)[0] for example in asked], [example.key for example in asked]
+                forecasts.append((asking.forecast(what, prompts, keys, answer=REASONED), "endpoint"))
+        notes.append(f"teacher: prompts counted {asking.how_counted()}; an answer as {REASONED} tokens, or as the kept ones are")
+    if config.judge is not None and few:
+        judging, section = _judge_asking(recipe)
+        forecasts.append((_forecast_of_judge(recipe, few, judging), section))
+        notes.append(f"judge: prompts counted {judging.how_counted()}; a reply as {MARKED} tokens")
+    if step > 1:
+        notes.append(f"measured on {len(few):,} of {len(examples):,} questions")
+    scale = len(examples) / len(few) if few else 1.0
+    budgets = {"endpoint": config.endpoint}
+    if config.judge is not None and config.judge.model is not None:
+        budgets["judge.endpoint"] = config.judge.endpoint
+    return Estimate.of([(found.scaled(scale), section) for found, section in forecasts], budgets=budgets, notes=notes)
+
+
+def _forecast_of_judge(recipe: Recipe, examples: Sequence[Example], judging: Asking) -> Forecast:
+    """Every question's best candidates are judged, and with `aid: failed` those of both kinds."""
+    config = recipe.synthesize
+    grids_of, _ = judge_grids(config)
+    most = min(config.judge.candidates if config.judge else 0, config.samples_per_example)
+    prompts: list[Sequence[Message]] = []
+    keys: list[str] = []
+    for example in examples:
+        grids = grids_of(example.images)
+        explicable = can_be_explained(example)
+        prompt = judge_messages(example, grids, reasoning="", answer=example.target if explicable else Answer())
+        times = most * (2 if config.aid == "failed" and explicable else 1)
+        prompts += [prompt] * times
+        keys += [f"{example.key}#{number}" for number in range(times)]
+    return judging.forecast("judged, at most", prompts, keys, answer=MARKED, extra=REASONED)
+
+
+def _teacher_asking(recipe: Recipe) -> Asking:
+    config = recipe.synthesize
+    return Asking(
+        model=str(config.teacher_model),
+        config=config.endpoint,
+        cache=_answers(recipe, "synthesize"),
+        convention=teacher_grids(config)[1],
+        n=config.samples_per_example,
+        options={"temperature": config.temperature, "top_p": 1.0, "max_tokens": config.max_completion_length},
+        seed=recipe.seed,
+    )
+
+
+def _judge_asking(recipe: Recipe) -> tuple[Asking, str]:
+    """The judge, and the section its prices and its budget stand in."""
+    config, judge = recipe.synthesize, recipe.synthesize.judge
+    if judge is None:
+        raise ConfigError("synthesize.judge is null: there is nobody to ask")
+    own = judge.model is not None
+    asking = Asking(
+        model=str(judge.model if own else config.teacher_model),
+        config=judge.endpoint if own else config.endpoint,
+        cache=_answers(recipe, "judge" if own else "synthesize"),
+        convention=judge_grids(config)[1],
+        n=judge.samples,
+        options={"temperature": judge.temperature, "top_p": 1.0, "max_tokens": judge.max_completion_length},
+        seed=recipe.seed,
+    )
+    return asking, "judge.endpoint" if own else "endpoint"
