@@ -9,8 +9,18 @@ from polyground.answer import Answer, Located, read_answer
 from polyground.config import EvaluateConfig
 from polyground.errors import ConfigError, DataError
 from polyground.geometry import PER_MILLE, UNIT, Box, Grid
-from polyground.prompts import INSTRUCTIONS, question_text, student_messages, teacher_messages
+from polyground.prompts import (
+    INSTRUCTIONS,
+    TASK_ADVICE,
+    advice_for,
+    judge_messages,
+    question_text,
+    student_messages,
+    teacher_messages,
+)
 from polyground.records import Example, Message
+from polyground.teaching import Unmarked, read_marks
+from polyground.worlds.language import TASKS
 
 A, B, C = Path("a.png"), Path("b.png"), Path("c.png")
 BOX = Box(0.139, 0.305, 0.495, 0.743)
@@ -183,3 +193,61 @@ def test_instructions_show_the_contract_as_it_is_read(name: str) -> None:
 def test_every_instruction_that_a_recipe_may_name_exists() -> None:
     named = get_args(EvaluateConfig.model_fields["instruction"].annotation)
     assert set(named) - {"recipe"} == set(INSTRUCTIONS)
+
+
+@pytest.mark.parametrize("template", ["ask", "explain"])
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task_of_the_benchmark_has_its_own_advice_and_the_teacher_gets_it(task: str, template: str) -> None:
+    assert TASK_ADVICE[task] in str(teacher_messages(example(A, task=task), [PER_MILLE], template=template)[0].parts[-1])
+    assert len(set(TASK_ADVICE.values())) == len(TASK_ADVICE)
+
+
+@pytest.mark.parametrize(
+    ("task", "changes", "own", "advice"),
+    [
+        pytest.param("region", {}, {}, TASK_ADVICE["region"], id="built-in"),
+        pytest.param("group_grounding_reg", {}, {}, TASK_ADVICE["group_grounding"], id="its-region-form"),
+        pytest.param("ref_l4", {}, {}, TASK_ADVICE["grounding"], id="unknown-grounding"),
+        pytest.param("Jigsaw", {"target": Answer(choice="B"), "choices": ("x", "y")}, {}, TASK_ADVICE["choice"], id="choice"),
+        pytest.param("region", {}, {"region": "Look.", "*": "See."}, "Look.", id="own"),
+        pytest.param("ref_l4", {}, {"region": "Look.", "*": "See."}, "See.", id="own-for-the-others"),
+        pytest.param("diff", {}, {"*": "See."}, TASK_ADVICE["diff"], id="built-in-before-the-others"),
+    ],
+)
+def test_advice_is_the_users_own_then_the_tasks_then_the_kinds(
+    task: str, changes: dict[str, object], own: dict[str, str], advice: str
+) -> None:
+    assert advice_for(example(A, task=task, **changes), own) == advice
+
+
+def test_a_task_named_like_one_of_the_kinds_is_no_mistake() -> None:
+    # Migician's sources call a question without a type so.
+    assert advice_for(example(A, task="grounding")) == TASK_ADVICE["grounding"]
+
+
+def test_only_the_explaining_teacher_sees_the_annotation_and_is_told_to_keep_it_to_itself() -> None:
+    asked, explained = (
+        str(teacher_messages(example(A, B), [PER_MILLE] * 2, template=t)[0].parts[-1]) for t in ("ask", "explain")
+    )
+    assert "139" not in asked
+    assert "annotation" not in asked
+    assert "[139, 305, 495, 743]" in explained
+    assert "do not mention or lean on an annotation" in explained
+
+
+def test_the_judge_sees_question_reasoning_and_answer_on_its_own_grid() -> None:
+    asked = example(A, B, question="Where is <image> in <image>?")
+    [message] = judge_messages(asked, [PIXELS, PIXELS], reasoning="It is in <image> 2.", answer=asked.target)
+    text = "".join(part for part in message.parts if isinstance(part, str))
+    assert message.images == (A, B)
+    assert "It is in image 2." in text
+    assert "[16, 17, 55, 42]" in text
+    assert "x runs from 0 to 112 and y from 0 to 56" in text
+    assert isinstance(read_marks(text), Unmarked)
+
+
+def test_the_judge_of_a_multiple_choice_is_told_of_no_box() -> None:
+    asked = example(A, choices=("x", "y"), target=Answer(choice="B"))
+    [message] = judge_messages(asked, [PER_MILLE], reasoning="There are two.", answer=asked.target)
+    assert "The answer given: B" in str(message.parts[-1])
+    assert "box" not in str(message.parts[-1])

@@ -56,6 +56,8 @@ class FaultServer:
         self.usage = usage
         self.text = text
         """What every completion says; empty for one that names what was asked."""
+        self.says: Callable[[dict[str, Any], int], str] | None = None
+        """Says of a request and the number of a completion what that one reads, instead of `text`."""
         self.prompt_tokens: int | None = None
         """What it counts in every prompt, whatever that is."""
         self.requests: list[dict[str, Any]] = []
@@ -100,10 +102,11 @@ def sample_texts(url: str, cache: Path, texts: Sequence[str]) -> None:
     EndpointSampler(url, "m", cache=cache, concurrency=1).sample(prompts, n=2, temperature=0.5, max_tokens=16, seed=1)
 
 
-def chat(request: dict[str, Any], *, usage: bool = True, text: str = "") -> dict[str, Any]:
+def chat(request: dict[str, Any], *, usage: bool = True, text: str | Callable[[dict[str, Any], int], str] = "") -> dict[str, Any]:
     """A calm answer: each text names the prompt, the seed and its number; a token is a word of text or 28 x 28 pixels."""
     said = " ".join(_texts(request))
-    texts = [text or f"{said} {request['seed']} {number}" for number in range(request.get("n", 1))]
+    numbers = range(request.get("n", 1))
+    texts = [text(request, n) if callable(text) else text or f"{said} {request['seed']} {n}" for n in numbers]
     body = {
         "id": "1",
         "object": "chat.completion",
@@ -193,7 +196,7 @@ def _handler(server: FaultServer) -> type[BaseHTTPRequestHandler]:
                 self._answer(request, slowly=word == "slow")
 
         def _answer(self, request: dict[str, Any], *, slowly: bool) -> None:
-            reply = chat(request, usage=server.usage, text=server.text)
+            reply = chat(request, usage=server.usage, text=server.says or server.text)
             if server.prompt_tokens is not None:
                 reply["usage"]["prompt_tokens"] = server.prompt_tokens
             body = json.dumps(reply).encode()

@@ -146,10 +146,11 @@ class Asking:
     def how_counted(self) -> str:
         """How exact the count of the prompts is."""
         if self.convention is None:
-            each = f"{self.config.image_tokens:,}" if self.config.image_tokens is not None else "one for 28 x 28 pixels"
-            return f"text by a rule of thumb, images as {each} tokens"
+            each = self.config.image_tokens
+            image = "a token for 28 x 28 pixels" if each is None else f"{each:,} tokens each"
+            return f"by a rule of thumb, images as {image}"
         counter = PromptCounter(self.convention)
-        return "exactly" if counter.exact else f"images exactly, text by a rule of thumb ({counter.why_not_exact})"
+        return "exactly" if counter.exact else f"by a rule of thumb, images exactly ({counter.why_not_exact})"
 
     def _kept(self, kept: Responses, prompt: Sequence[Message], name: str) -> list[str]:
         """The texts of this prompt that need not be asked for. Images are only read where anything is kept at all."""
