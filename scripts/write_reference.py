@@ -11,7 +11,7 @@ from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic.fields import FieldInfo
 
 from polyground.cli import STAGES
-from polyground.config import DataSource, EndpointConfig, Recipe, RewardConfig, Section
+from polyground.config import DataSource, EndpointConfig, JudgeConfig, Recipe, RewardConfig, Section
 from polyground.storage import atomic_write_text
 
 HEAD = """# Reference
@@ -34,6 +34,7 @@ def reference() -> str:
             parts += [f"\n## `{name}`\n", f"{_doc(section)}\n", _keys(section, list(section.model_fields))]
     for title, section in (
         ("`endpoint` in `synthesize`", EndpointConfig),
+        ("`judge` in `synthesize`", JudgeConfig),
         ("An entry of `rewards`", RewardConfig),
         ("An entry of a split in `data`", DataSource),
     ):

@@ -81,6 +81,13 @@ def test_an_override_leaves_its_neighbours_alone(recipe: Path) -> None:
     assert (loaded.sft.lora_r, loaded.sft.max_steps, loaded.sft.learning_rate) == (4, 7, 1e-3)
 
 
+ENDPOINT = [
+    *("--synthesize.teacher", "endpoint"),
+    *("--synthesize.teacher_base_url", "http://localhost:8000/v1", "--synthesize.teacher_model", "m"),
+]
+SEVERAL = ["--synthesize.samples_per_example", "3", "--synthesize.self_consistency", "0.5"]
+
+
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
@@ -101,6 +108,36 @@ def test_an_override_leaves_its_neighbours_alone(recipe: Path) -> None:
         ),
         pytest.param(
             ["--synthesize.teacher_grid", "pixels"], ["teacher_grid pixels is for teacher: endpoint"], id="scripted-grid"
+        ),
+        pytest.param(["--synthesize.aid", "failed"], ["aid and task_advice are for teacher: endpoint"], id="scripted-aid"),
+        pytest.param(["--synthesize.judge", "{}"], ["cannot judge; give judge.base_url and judge.model"], id="scripted-judge"),
+        pytest.param(
+            [*ENDPOINT, "--synthesize.task_advice", "{diff: 'See <image>'}"],
+            ["the text of diff holds <image>"],
+            id="advice-image",
+        ),
+        pytest.param(["--synthesize.self_consistency", "0.5"], ["set samples_per_example to 2 or more"], id="nothing-to-compare"),
+        pytest.param(
+            [*ENDPOINT, *SEVERAL, "--synthesize.aid", "always"],
+            ["every one repeats the annotation"],
+            id="compared-with-the-annotation",
+        ),
+        pytest.param(
+            [*ENDPOINT, *SEVERAL, "--synthesize.temperature", "0"], ["the attempts would all be the same"], id="compared-cold"
+        ),
+        pytest.param(
+            [*ENDPOINT, "--synthesize.judge.model", "j"], ["a judge of its own needs base_url and model"], id="judge-nowhere"
+        ),
+        pytest.param([*ENDPOINT, "--synthesize.judge.api_key_env", "KEY"], ["is for a judge of its own"], id="judge-key"),
+        pytest.param([*ENDPOINT, "--synthesize.judge.samples", "2"], ["need a temperature above 0"], id="judge-cold"),
+        pytest.param([*ENDPOINT, "--synthesize.judge.min_mark", "6"], ["less than or equal to 5"], id="judge-scale"),
+        pytest.param(
+            [*ENDPOINT, "--synthesize.judge.min_marks", "4"], ["did you mean synthesize.judge.min_mark?"], id="judge-misspelt"
+        ),
+        pytest.param(
+            [*ENDPOINT, "--synthesize.judge.endpoint.on_budget", "finish"],
+            ["finish needs endpoint.on_budget: finish"],
+            id="judge-budget",
         ),
         pytest.param(["--synthesize.min_words", "9", "--synthesize.max_words", "3"], ["no reasoning could be kept"], id="words"),
         pytest.param(["--evaluate.ious", "[]"], ["at least one threshold"], id="no-threshold"),
@@ -160,9 +197,10 @@ def test_every_mistake_is_listed_at_once(recipe: Path) -> None:
     assert len(str(caught.value).splitlines()) == 2
 
 
-def test_a_key_given_in_place_of_its_variable_is_not_repeated(recipe: Path) -> None:
+@pytest.mark.parametrize("key", ["--synthesize.api_key_env", "--synthesize.judge.api_key_env"])
+def test_a_key_given_in_place_of_its_variable_is_not_repeated(recipe: Path, key: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        load_recipe(recipe, ["--synthesize.api_key_env", "sk-very-secret"])
+        load_recipe(recipe, [key, "sk-very-secret"])
     assert "secret" not in str(caught.value)
     assert "OPENAI_API_KEY" in str(caught.value)
 

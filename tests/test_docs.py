@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
+from polyground.config import SynthesizeConfig
 from polyground.conventions import CONVENTIONS, GRIDS
+from polyground.curation import Dropped
 from polyground.imagefile import FILE_REASONS
 from polyground.sources import ABOUT_ROWS, SOURCES
+from polyground.teaching import MARKS
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -37,6 +41,7 @@ def test_every_trick_is_held_by_a_case_of_that_name() -> None:
     [
         pytest.param("data.md", [*SOURCES, *ABOUT_ROWS, *FILE_REASONS], id="data"),
         pytest.param("coordinates.md", [*CONVENTIONS, *GRIDS], id="coordinates"),
+        pytest.param("teacher.md", [*Dropped, *MARKS, *get_args(SynthesizeConfig.model_fields["aid"].annotation)], id="teacher"),
     ],
 )
 def test_what_can_be_chosen_is_documented(page: str, words: list[str]) -> None:

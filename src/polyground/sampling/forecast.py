@@ -220,7 +220,7 @@ class Estimate:
 
     def table(self) -> tuple[Sequence[str], list[Sequence[str]]]:
         """Header and rows, each figure as a range."""
-        header = ("cost of asking", "questions", "requests", "prompt tokens", "completion tokens", "money")
+        header = ("cost of asking", "prompts", "requests", "prompt tokens", "completion tokens", "money")
         rows: list[Sequence[str]] = [
             (
                 f.what,
@@ -252,18 +252,14 @@ class Estimate:
 
 
 def _too_small(forecasts: Sequence[tuple[Forecast, str]], section: str, config: EndpointConfig) -> list[str]:
-    """The budgets of a section that already the lower figures exceed."""
+    """The budgets of a section that the lower figures exceed."""
     paid = [forecast for forecast, paid_by in forecasts if paid_by == section]
     tokens, cost = sum(f.tokens for f in paid), sum(f.cost or 0.0 for f in paid)
     said = []
     if config.max_tokens is not None and tokens > config.max_tokens:
-        said.append(
-            f"{section}.max_tokens {config.max_tokens:,} is less than the {tokens:,} expected: it will be spent before the end"
-        )
+        said.append(f"{section}.max_tokens {config.max_tokens:,} is less than these {tokens:,}: it may be spent before the end")
     if config.max_cost is not None and cost > config.max_cost:
-        said.append(
-            f"{section}.max_cost {config.max_cost:g} is less than the {cost:.2f} expected: it will be spent before the end"
-        )
+        said.append(f"{section}.max_cost {config.max_cost:g} is less than these {cost:.2f}: it may be spent before the end")
     return said
 
 
