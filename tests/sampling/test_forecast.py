@@ -109,7 +109,7 @@ def a_forecast(**changes: Any) -> Forecast:
 
 def test_an_estimate_adds_up_and_tells_its_ranges() -> None:
     judged = a_forecast(what="judged", prices=Prices(prompt=0.0))
-    found = Estimate.of([(a_forecast(), "endpoint"), (judged, "judge.endpoint")], budgets={}, notes=["a note"])
+    found = Estimate.of([(a_forecast(), "endpoint"), (judged, "judge.endpoint")], payers={}, notes=["a note"])
     assert (found.requests, found.tokens) == ((20, 40), (3000, 12000))
     assert found.cost == pytest.approx((6.0, 42.0))
     header, rows = found.table()
@@ -120,7 +120,7 @@ def test_an_estimate_adds_up_and_tells_its_ranges() -> None:
 
 
 def test_a_forecast_without_a_price_leaves_the_sum_open() -> None:
-    found = Estimate.of([(a_forecast(), "endpoint"), (a_forecast(prices=Prices()), "endpoint")], budgets={}, notes=[])
+    found = Estimate.of([(a_forecast(), "endpoint"), (a_forecast(prices=Prices()), "endpoint")], payers={}, notes=[])
     assert found.cost is None
     assert found.table()[1][-1][-1] == "no price"
 
@@ -128,17 +128,26 @@ def test_a_forecast_without_a_price_leaves_the_sum_open() -> None:
 @pytest.mark.parametrize(
     ("budget", "said"),
     [
-        pytest.param({"max_tokens": 1499}, ["endpoint.max_tokens 1,499 is less than these 1,500"], id="tokens"),
+        pytest.param({"max_tokens": 1499}, ["endpoint.max_tokens 1,499 is less than 1,500 with what is spent"], id="tokens"),
         pytest.param({"max_tokens": 1500}, [], id="enough-tokens"),
-        pytest.param({"max_cost": 5.9, "prompt_price": 1.0}, ["endpoint.max_cost 5.9 is less than these 6.00"], id="money"),
+        pytest.param({"max_cost": 5.9, "prompt_price": 1.0}, ["endpoint.max_cost 5.9 is less than 6.00 with"], id="money"),
         pytest.param({"max_cost": 6.1, "prompt_price": 1.0}, [], id="enough-money"),
     ],
 )
-def test_a_budget_that_will_not_do_is_told(budget: dict[str, Any], said: list[str]) -> None:
+def test_a_budget_that_will_not_do_is_told(budget: dict[str, Any], said: list[str], tmp_path: Path) -> None:
     # What a judge costs is not paid from the teacher's budget.
     forecasts = [(a_forecast(), "endpoint"), (a_forecast(), "judge.endpoint")]
-    found = Estimate.of(forecasts, budgets={"endpoint": EndpointConfig(**budget)}, notes=[])
+    found = Estimate.of(forecasts, payers={"endpoint": asking(tmp_path, config=EndpointConfig(**budget))}, notes=[])
     assert [note.startswith(part) for note, part in zip(found.notes, said, strict=True)] == [True] * len(said)
+
+
+def test_what_was_spent_before_is_spent(tmp_path: Path) -> None:
+    kept = Responses(tmp_path / "answers")
+    kept.put(["00"], Reply(completions=(Completion(text="x"),), prompt_tokens=80, completion_tokens=20), "m")
+    kept.close()
+    for limit, notes in ((1600, 0), (1599, 1)):
+        payer = asking(tmp_path, config=EndpointConfig(max_tokens=limit))
+        assert len(Estimate.of([(a_forecast(), "endpoint")], payers={"endpoint": payer}, notes=[]).notes) == notes
 
 
 def test_more_of_the_same_is_scaled() -> None:

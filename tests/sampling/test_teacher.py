@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -352,6 +353,17 @@ def test_a_judges_spent_budget_may_also_finish_the_stage(
     assert len(kept) == 1 == len(other.requests)
     assert summary["asked"] == QUESTIONS - known(examples) + 1
     assert summary["stopped"].startswith("the budget of 1 tokens is spent")
+
+
+def test_another_judge_may_judge_the_same_answers(served: FaultServer, recipe_at: Options, examples: list[Example]) -> None:
+    tree = recipe_at(served)
+    synthesized(tree)
+    shutil.rmtree(Path(tree["out"]) / "synthesize")
+    for least in (3, 4):
+        summary, _, _ = synthesized(recipe_at(served, judge={"min_mark": least}))
+        assert summary["kept"] == known(examples)
+        shutil.rmtree(Path(tree["out"]) / "synthesize")
+    assert kinds(served) == {"ask": QUESTIONS, "judge": known(examples)}
 
 
 def test_keys_reach_neither_files_nor_messages(

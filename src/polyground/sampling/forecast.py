@@ -117,7 +117,7 @@ class Asking:
         An answer is taken to have `answer` tokens, or as many as the kept ones of these prompts have on average. `extra` stands
         for text that is still to be put into each prompt.
         """
-        kept = Responses.looked_at(self.config.cache or self.cache)
+        kept = self._kept_answers()
         counter = PromptCounter(self.convention) if self.convention is not None else None
         lengths: list[int] = []
         questions = missing = once = apart = 0
@@ -140,8 +140,19 @@ class Asking:
             most_prompt_tokens=apart,
             completion_tokens=round(missing * each),
             most_completion_tokens=missing * limit,
-            prices=Prices(prompt=self.config.prompt_price, completion=self.config.completion_price),
+            prices=self.prices,
         )
+
+    @property
+    def prices(self) -> Prices:
+        return Prices(prompt=self.config.prompt_price, completion=self.config.completion_price)
+
+    def spent(self) -> Spending:
+        """On the answers that are kept."""
+        return self._kept_answers().spending
+
+    def _kept_answers(self) -> Responses:
+        return Responses.looked_at(self.config.cache or self.cache)
 
     def how_counted(self) -> str:
         """How exact the count of the prompts is."""
@@ -194,11 +205,9 @@ class Estimate:
     """How it was counted, and which budgets will not do."""
 
     @classmethod
-    def of(
-        cls, forecasts: Sequence[tuple[Forecast, str]], *, budgets: Mapping[str, EndpointConfig], notes: Sequence[str]
-    ) -> Estimate:
-        """Each forecast with the section whose budget pays for it. What was spent on kept answers is not part of it."""
-        short = [line for section, config in budgets.items() for line in _too_small(forecasts, section, config)]
+    def of(cls, forecasts: Sequence[tuple[Forecast, str]], *, payers: Mapping[str, Asking], notes: Sequence[str]) -> Estimate:
+        """Each forecast with the section whose budget pays for it, and who asks by that section."""
+        short = [line for section, asking in payers.items() for line in _too_small(forecasts, section, asking)]
         return cls(forecasts=tuple(forecast for forecast, _ in forecasts), notes=(*notes, *short))
 
     @property
@@ -251,15 +260,16 @@ class Estimate:
         }
 
 
-def _too_small(forecasts: Sequence[tuple[Forecast, str]], section: str, config: EndpointConfig) -> list[str]:
-    """The budgets of a section that the lower figures exceed."""
-    paid = [forecast for forecast, paid_by in forecasts if paid_by == section]
-    tokens, cost = sum(f.tokens for f in paid), sum(f.cost or 0.0 for f in paid)
+def _too_small(forecasts: Sequence[tuple[Forecast, str]], section: str, asking: Asking) -> list[str]:
+    """The budgets of a section that the lower figures exceed, with what was spent before."""
+    paid, config, spent = [forecast for forecast, paid_by in forecasts if paid_by == section], asking.config, asking.spent()
+    tokens = spent.tokens + sum(f.tokens for f in paid)
+    cost = (spent.cost(asking.prices) or 0.0) + sum(f.cost or 0.0 for f in paid)
     said = []
     if config.max_tokens is not None and tokens > config.max_tokens:
-        said.append(f"{section}.max_tokens {config.max_tokens:,} is less than these {tokens:,}: it may be spent before the end")
+        said.append(f"{section}.max_tokens {config.max_tokens:,} is less than {tokens:,} with what is spent: it may not last")
     if config.max_cost is not None and cost > config.max_cost:
-        said.append(f"{section}.max_cost {config.max_cost:g} is less than these {cost:.2f}: it may be spent before the end")
+        said.append(f"{section}.max_cost {config.max_cost:g} is less than {cost:.2f} with what is spent: it may not last")
     return said
 
 

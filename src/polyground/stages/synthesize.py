@@ -326,8 +326,9 @@ def estimate(recipe: Recipe, examples: Sequence[Example]) -> Estimate:
     few = examples[::step]
     forecasts: list[tuple[Forecast, str]] = []
     notes: list[str] = []
+    payers: dict[str, Asking] = {}
     if config.teacher == "endpoint" and few:
-        asking = _teacher_asking(recipe)
+        asking = payers["endpoint"] = _teacher_asking(recipe)
         grids_of, _ = teacher_grids(config)
         explicable = [example for example in few if can_be_explained(example)]
         unaided = few if config.aid != "always" else [example for example in few if not can_be_explained(example)]
@@ -343,15 +344,13 @@ def estimate(recipe: Recipe, examples: Sequence[Example]) -> Estimate:
         notes.append(f"teacher: prompts counted {asking.how_counted()}; an answer as {REASONED} tokens, or as the kept ones are")
     if config.judge is not None and few:
         judging, section = _judge_asking(recipe)
+        payers.setdefault(section, judging)
         forecasts.append((_forecast_of_judge(recipe, few, judging), section))
         notes.append(f"judge: prompts counted {judging.how_counted()}; a reply as {MARKED} tokens")
     if step > 1:
         notes.append(f"measured on {len(few):,} of {len(examples):,} questions")
     scale = len(examples) / len(few) if few else 1.0
-    budgets = {"endpoint": config.endpoint}
-    if config.judge is not None and config.judge.model is not None:
-        budgets["judge.endpoint"] = config.judge.endpoint
-    return Estimate.of([(found.scaled(scale), section) for found, section in forecasts], budgets=budgets, notes=notes)
+    return Estimate.of([(found.scaled(scale), section) for found, section in forecasts], payers=payers, notes=notes)
 
 
 def _forecast_of_judge(recipe: Recipe, examples: Sequence[Example], judging: Asking) -> Forecast:
