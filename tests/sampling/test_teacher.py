@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -91,24 +92,26 @@ def annotation(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return annotation_path(out / "world", "train")
 
 
+def tree_at(annotation: Path, out: Path, server: FaultServer | None, **options: Any) -> dict[str, Any]:
+    """A recipe of synthesis with a served teacher; without a server, at an address where nobody listens."""
+    endpoint = {"concurrency": 2, "retries": 2, **options.pop("endpoint", {})}
+    return {
+        "out": str(out),
+        "data": {"train": [{"source": "mig_bench", "path": str(annotation), "options": {"name": "w"}}]},
+        "synthesize": {
+            "teacher": "endpoint",
+            "teacher_base_url": server.url if server else "http://127.0.0.1:9/v1",
+            "teacher_model": "m",
+            "pass_iou": 1e-6,
+            "endpoint": endpoint,
+            **options,
+        },
+    }
+
+
 @pytest.fixture
 def recipe_at(annotation: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
-    def recipe_at(server: FaultServer | None, *, out: str = "run", **options: Any) -> dict[str, Any]:
-        endpoint = {"concurrency": 2, "retries": 2, **options.pop("endpoint", {})}
-        return {
-            "out": str(tmp_path / out),
-            "data": {"train": [{"source": "mig_bench", "path": str(annotation), "options": {"name": "w"}}]},
-            "synthesize": {
-                "teacher": "endpoint",
-                "teacher_base_url": server.url if server else "http://127.0.0.1:9/v1",
-                "teacher_model": "m",
-                "pass_iou": 1e-6,
-                "endpoint": endpoint,
-                **options,
-            },
-        }
-
-    return recipe_at
+    return partial(tree_at, annotation, tmp_path / "run")
 
 
 Options = Callable[..., dict[str, Any]]
@@ -266,40 +269,52 @@ def paid_twice(*servers: FaultServer) -> list[Any]:
     return [item for item, times in paid.items() if times > 1]
 
 
+@pytest.fixture(scope="module")
+def calm(annotation: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[bool, tuple[Any, Any]]:
+    """Rows and bills (the teacher's, the judge's) where nothing goes wrong; by whether the judge is one of its own."""
+    found = {}
+    for own_judge in (False, True):
+        with serving() as one, serving() as other:
+            one.says = other.says = varied
+            options = everything(other if own_judge else None)
+            rows = without_addresses(tree_at(annotation, tmp_path_factory.mktemp("calm"), one, **options))
+            found[own_judge] = rows, (one.paid(), other.paid())
+    return found
+
+
 @pytest.mark.parametrize(
-    ("own_judge", "dies_at"),
+    ("own_judge", "kind", "number"),
     [
-        pytest.param(False, 1, id="unaided"),
-        pytest.param(False, 14, id="first-judgement"),
-        pytest.param(False, 21, id="aided"),
-        pytest.param(True, 3, id="own-judge"),
+        pytest.param(False, "ask", 3, id="unaided"),
+        pytest.param(False, "explain", 2, id="aided"),
+        pytest.param(False, "judge", 2, id="judged"),
+        pytest.param(True, "judge", 3, id="by-its-own-judge"),
     ],
 )
 def test_a_server_that_dies_anywhere_costs_nothing_twice_and_changes_no_row(
-    recipe_at: Options, own_judge: bool, dies_at: int
+    recipe_at: Options, calm: Any, own_judge: bool, kind: str, number: int
 ) -> None:
-    with serving() as calm, serving() as calm_judge:
-        calm.says = calm_judge.says = varied
-        options = everything(calm_judge if own_judge else None)
-        expected = without_addresses(recipe_at(calm, out="calm", **options))
-        bill = calm.paid(), calm_judge.paid()
+    expected, bill = calm[own_judge]
     with serving() as one, serving() as other:
         one.says = other.says = varied
         options = everything(other if own_judge else None)
-        (other if own_judge else one).script = ["ok"] * dies_at + ["404"] * 3
+        mortal = other if own_judge else one
+        mortal.hold = lambda: mortal.script.extend(["404"] * 9) if kinds(mortal).get(kind) == number else None
         with pytest.raises(EndpointError, match="the same command goes on"):
             synthesized(recipe_at(one, **options))
+        assert kinds(mortal)[kind] >= number
         assert len(one.answered) + len(other.answered) < len(bill[0]) + len(bill[1])
+        mortal.hold = lambda: None
         one.script, other.script = ["500", "half", "dies"], ["garbage"]
         assert without_addresses(recipe_at(one, **options)) == expected
         assert (one.paid(), other.paid()) == bill
         assert paid_twice(one, other) == []
 
 
-def test_a_process_killed_while_the_judge_is_asked_goes_on_without_paying_twice(recipe_at: Options, tmp_path: Path) -> None:
-    with serving() as calm:
-        calm.says = varied
-        expected = without_addresses(recipe_at(calm, out="calm", **everything()))
+def test_a_process_killed_while_the_judge_is_asked_goes_on_without_paying_twice(
+    recipe_at: Options, calm: Any, tmp_path: Path
+) -> None:
+    expected, (bill, _) = calm[False]
     with serving() as server:
         server.says = varied
         options = everything() | {"endpoint": {"concurrency": 1}}
@@ -325,7 +340,7 @@ def test_a_process_killed_while_the_judge_is_asked_goes_on_without_paying_twice(
         # The request that was under way when the process died is the only one asked twice.
         asked = Counter((json.dumps(request["messages"]), request["seed"]) for request in server.requests)
         assert sorted(asked.values())[-2:] == [1, 2]
-        assert len(server.requests) == len(calm.requests) + 1
+        assert len(server.requests) == len(bill) + 1
 
 
 def test_a_judges_spent_budget_stops_the_stage_and_a_larger_one_goes_on(served: FaultServer, recipe_at: Options) -> None:
