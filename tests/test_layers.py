@@ -28,6 +28,7 @@ HEIGHTS = {
     "metrics": 4,
     "prompts": 4,
     "rewards": 4,
+    "shards": 4,
     "sources": 4,
     "splits": 4,
     "teaching": 4,

@@ -15,9 +15,12 @@ import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from polyground.errors import ConfigError, PolygroundError
+
+if TYPE_CHECKING:
+    from polyground.config import Recipe
 
 STAGES = {
     "world": "build the simulated world: images and annotation in MIG-Bench's format",
@@ -41,6 +44,10 @@ TOOLS = {
     "results": "run a study (a recipe over seeds and arms) and write the tables that say what each stage buys",
 }
 """Verbs that need no recipe: a module of `polyground.stages` with `arguments(parser)` and `run(options)`, which returns text."""
+SHARED = ("synthesize", "reject", "evaluate")
+"""Verbs whose questions may be shared out over processes and machines."""
+TRAINED = ("sft", "grpo")
+"""Verbs whose every step all processes of a launcher do together."""
 INTERRUPTED = 130
 REFUSED = 2
 
@@ -128,8 +135,30 @@ def _stage(verb: str, rest: Sequence[str]) -> int:
         print(plan(recipe, verb))
         return 0
     _set_threads()
-    _say(verb, importlib.import_module(f"polyground.stages.{verb}").run(recipe))
+    _say(verb, _run(verb, recipe))
     return 0
+
+
+def _run(verb: str, recipe: Recipe) -> Any:
+    """All of a stage, or this process's part of it; the first process of a launcher puts the parts together at the end."""
+    from polyground.shards import launched_shard, shared_stages, wait_for_parts
+
+    stage = importlib.import_module(f"polyground.stages.{verb}")
+    if recipe.shard is not None and verb not in SHARED:
+        raise ConfigError(f"shard {recipe.shard}: `{verb}` is not shared out; leave it out, or give it to {', '.join(SHARED)}")
+    launched = launched_shard() if recipe.shard is None and verb not in TRAINED else None
+    if launched is None:
+        return stage.run(recipe)
+    if verb not in SHARED:
+        raise ConfigError(
+            f"`{verb}` runs in one process, and {launched.count} were launched; start it without torchrun or accelerate, "
+            f"which are for {', '.join((*SHARED, *TRAINED))}"
+        )
+    done = stage.run(recipe.model_copy(update={"shard": str(launched)}))
+    if launched.index > 0:
+        return done
+    wait_for_parts(recipe.out, shared_stages(recipe.out, verb, launched.count), launched.count)
+    return stage.run(recipe)
 
 
 def _pretrain(path: Path, options: Sequence[str]) -> int:

@@ -532,6 +532,9 @@ class Recipe(Section):
     reuse: list[Path] = []
     """Folders of other runs. A stage that one of them has finished under the very same configuration and inputs is taken over
     from there (by hard links, so that it costs neither time nor space) instead of being done again."""
+    shard: str | None = Field(default=None, pattern=r"^\d{1,6}/\d{1,6}$")
+    """Do only a part of `synthesize`, `reject` or `evaluate`: `0/4` is the first of four. The same verb without it then puts
+    the parts together. null: under `torchrun` or `accelerate launch` each process does its part, else one process does all."""
     model: ModelConfig = ModelConfig()
     world: WorldConfig = WorldConfig()
     data: DataConfig = DataConfig()
@@ -554,6 +557,13 @@ class Recipe(Section):
     @classmethod
     def _are_worth_something(cls, value: list[RewardConfig]) -> list[RewardConfig]:
         return _worth_something(value)
+
+    @field_validator("shard")
+    @classmethod
+    def _is_one_of_them(cls, value: str | None) -> str | None:
+        if value is not None and not int(value.partition("/")[0]) < int(value.partition("/")[2]):
+            raise ValueError("parts are counted from 0: the last of four is 3/4")
+        return value
 
 
 def load_recipe(path: Path | str, overrides: Sequence[str] = (), *, section: str | None = None) -> Recipe:

@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -79,6 +79,25 @@ def atomic_write_text(path: Path | str, text: str) -> None:
 def atomic_write_json(path: Path | str, value: Any) -> None:
     """As `atomic_write_text`, for a JSON value, indented."""
     atomic_write_text(path, json.dumps(value, indent=2, default=_jsonable) + "\n")
+
+
+def atomic_write_rows(path: Path | str, rows: Iterable[Mapping[str, Any]]) -> None:
+    """As `atomic_write_text`, for rows that need not fit into memory."""
+    path = Path(path)
+    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with _explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with draft.open("wb") as file:
+                for row in rows:
+                    file.write(json.dumps(row, default=_jsonable).encode() + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+            draft.replace(path)
+        finally:
+            with suppress(OSError):
+                draft.unlink(missing_ok=True)
+        _sync_folder(path.parent)
 
 
 def fingerprint(config: Mapping[str, Any]) -> str:
@@ -201,10 +220,12 @@ class RunFolder:
     """The folder of one stage: rows that outlive a kill, and a manifest written last.
 
     Opening a folder continues it. A folder made under another configuration, or in use by another process, is refused.
+    Under torchrun every process opens it and the first alone writes, unless it is this process's own (`own`).
     """
 
-    def __init__(self, path: Path | str, stage: str, config: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path | str, stage: str, config: Mapping[str, Any], *, own: bool = False) -> None:
         self.path = Path(path)
+        self._writes = own or os.environ.get("RANK", "0") == "0"
         self.stage = stage
         self.config: dict[str, Any] = json.loads(json.dumps(config, default=_jsonable))
         self._writers: dict[str, RowWriter] = {}
@@ -281,8 +302,7 @@ class RunFolder:
 
     def lock(self) -> None:
         """Keep other processes out until `close`, `finish` or the end of this process. Raises StorageError if one is in."""
-        # Under torchrun every rank opens the folder, and rank 0 alone writes rows.
-        if os.environ.get("RANK", "0") == "0":
+        if self._writes:
             _take_lock(self.path, self.stage)
 
     def close(self) -> None:
@@ -313,7 +333,7 @@ class RunFolder:
             "config": self.config,
             "seconds": round(self.seconds, 3),
         }
-        if os.environ.get("RANK", "0") == "0":
+        if self._writes:
             atomic_write_json(self.path / STATE, state)
 
     def _refuse_another(self, state: Mapping[str, Any]) -> None:

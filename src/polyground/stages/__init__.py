@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import logging
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +24,7 @@ from polyground.errors import ConfigError, DataError, StorageError
 from polyground.geometry import Grid
 from polyground.imagefile import problem_of
 from polyground.records import Example, Message
+from polyground.shards import Shard, gather, parse_shard, part_folder, part_identity
 from polyground.sources import ABOUT_ROWS, SOURCES, BadRow, Item, chosen, read_source, scan_source
 from polyground.sources.reading import require_none_bad
 from polyground.storage import MANIFEST, RunFolder, made_alike, read_manifest, take_over
@@ -44,6 +47,8 @@ EVALUATED = ("test", "ood", "perception")
 
 _ABOUT_FILES = ("check_images", "images_root", "images_out", "strip_prefix")
 """Options of a data file that may differ between machines, and between two attempts at a stage."""
+
+logger = logging.getLogger("polyground")
 
 Row = TypeVar("Row")
 
@@ -99,10 +104,13 @@ def open_student(recipe: Recipe, role: str) -> Student:
 
 
 def best_device() -> str:
-    """An accelerator where there is one."""
+    """An accelerator where there is one; under a launcher, the one of this process."""
     import torch
 
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    if not torch.cuda.is_available():
+        return "cpu"
+    own = os.environ.get("LOCAL_RANK", "")
+    return f"cuda:{int(own) % torch.cuda.device_count()}" if own.isdigit() else "cuda"
 
 
 def upstream(recipe: Recipe, *folders: str) -> dict[str, str]:
@@ -110,10 +118,30 @@ def upstream(recipe: Recipe, *folders: str) -> dict[str, str]:
     return {folder: read_manifest(require(recipe, folder)).fingerprint for folder in folders}
 
 
-def stage_folder(recipe: Recipe, folder: str, stage: str, identity: Mapping[str, Any]) -> RunFolder:
-    """The folder of a stage, opened; one that a run of `recipe.reuse` has made under the same identity is taken over first."""
+def stage_folder(
+    recipe: Recipe, folder: str, stage: str, identity: Mapping[str, Any], *, shard: Shard | None = None
+) -> RunFolder:
+    """The folder of a stage, opened; one that a run of `recipe.reuse` has made under the same identity is taken over first.
+
+    With a shard, the folder of that part, unless the whole is complete.
+    """
     adopt(recipe, folder, stage, identity)
-    return RunFolder(recipe.out / folder, stage, identity)
+    whole = recipe.out / folder
+    if shard is None or made_alike(whole, stage=stage, config=identity):
+        return RunFolder(whole, stage, identity)
+    return RunFolder(part_folder(recipe.out, folder, shard), stage, part_identity(identity, shard), own=True)
+
+
+def own_share(recipe: Recipe) -> Shard | None:
+    """The part of a stage that is to be done; None for all of it."""
+    return None if recipe.shard is None else parse_shard(recipe.shard)
+
+
+def gather_parts(recipe: Recipe, folder: RunFolder, files: Mapping[str, Sequence[str]], *, field: str = "key") -> None:
+    """Begin the whole of a stage with what its parts have done; see `shards.gather`."""
+    stage = folder.path.relative_to(recipe.out).as_posix()
+    if count := gather(folder, recipe.out, stage, files, field=field):
+        logger.warning("%s: put together from %d parts", folder.path, count)
 
 
 def adopt(recipe: Recipe, folder: str, stage: str, identity: Mapping[str, Any]) -> None:

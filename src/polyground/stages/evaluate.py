@@ -37,11 +37,14 @@ from polyground.records import Example, Rollout
 from polyground.rollout import Ask, rollout_groups
 from polyground.stages import (
     ROLES,
+    Student,
     benchmark_rows,
     evaluation_splits,
+    gather_parts,
     model_identity,
     model_path,
     open_student,
+    own_share,
     own_splits,
     read_split,
     split_identity,
@@ -72,6 +75,8 @@ def run(recipe: Recipe) -> Mapping[str, Any]:
     splits = {name: _asked(recipe, name).examples for name in evaluation_splits(recipe)}
     for role in roles:
         _answer_all(recipe, role, splits)
+    if recipe.shard is not None:
+        return {"shard": recipe.shard, "models": roles}
     atomic_write_json(recipe.out / "evaluate" / "outcomes.json", tell_outcomes(recipe, roles, list(splits)))
     results = tabulate(recipe, roles, list(splits))
     atomic_write_json(recipe.out / "evaluate" / "results.json", results)
@@ -137,13 +142,23 @@ def _answer_all(recipe: Recipe, role: str, splits: Mapping[str, Sequence[Example
         "data": {name: split_identity(recipe, name) for name in splits},
         "inputs": upstream(recipe, folder_of_model) if folder_of_model else {},
     }
-    with stage_folder(recipe, f"evaluate/{role}", "evaluate", identity) as folder:
+    shard = own_share(recipe)
+    with stage_folder(recipe, f"evaluate/{role}", "evaluate", identity, shard=shard) as folder:
         if folder.complete:
             return
-        student = open_student(recipe, role)
+        keys = {name: [example.key for example in examples] for name, examples in splits.items()}
+        if shard is not None:
+            splits = {name: shard.of(examples, keys[name]) for name, examples in splits.items()}
+        else:
+            gather_parts(recipe, folder, {f"{name}.jsonl": found for name, found in keys.items()}, field="example")
+        student: Student | None = None
         for name, examples in splits.items():
             file = f"{name}.jsonl"
             done = folder.done_keys(file, field="example")
+            if all(example.key in done for example in examples):
+                folder.file(file).touch()
+                continue
+            student = student or open_student(recipe, role)
             groups = rollout_groups(
                 examples,
                 sampler=student.sampler,
@@ -159,7 +174,8 @@ def _answer_all(recipe: Recipe, role: str, splits: Mapping[str, Sequence[Example
             for group in track(groups, f"evaluate {role} {name}", total=len(examples), done=len(done)):
                 for rollout in group.rollouts:
                     folder.append(file, replace(rollout, completion=replace(rollout.completion, logprobs=())).to_json())
-        folder.finish({"answers": {name: len(examples) for name, examples in splits.items()}})
+        told = {} if shard is None else {"shard": str(shard)}
+        folder.finish({**told, "answers": {name: len(examples) for name, examples in splits.items()}})
 
 
 def _asking(recipe: Recipe, ask: Ask) -> Ask:

@@ -18,8 +18,10 @@ from polyground.prompts import PROMPT_VERSION
 from polyground.records import Completion, Example
 from polyground.rollout import Group, interleave, rollout_groups
 from polyground.stages import (
+    gather_parts,
     model_identity,
     open_student,
+    own_share,
     read_split,
     split_identity,
     stage_folder,
@@ -27,13 +29,14 @@ from polyground.stages import (
     track,
     upstream,
 )
-from polyground.storage import atomic_write_text
+from polyground.storage import RunFolder, atomic_write_text
 
 
 def run(recipe: Recipe) -> Mapping[str, Any]:
     """Group after group onto disk, then the band of pass rates, balanced over tasks."""
     config = recipe.reject
     examples = interleave(read_split(recipe, "rl"))[: config.limit]
+    shard = own_share(recipe)
     identity = {
         "seed": recipe.seed,
         "reject": config.to_json(),
@@ -44,26 +47,16 @@ def run(recipe: Recipe) -> Mapping[str, Any]:
         "data": split_identity(recipe, "rl"),
         "inputs": upstream(recipe, *start_folders(recipe)),
     }
-    with stage_folder(recipe, "reject", "reject", identity) as folder:
+    with stage_folder(recipe, "reject", "reject", identity, shard=shard) as folder:
         if folder.complete:
             return folder.summary
-        done = folder.done_keys("rollouts.jsonl")
-        student = open_student(recipe, recipe.grpo.start)
-        groups = rollout_groups(
-            examples,
-            sampler=student.sampler,
-            ask=student.ask,
-            judge=student.scorer.score,
-            n=config.num_generations,
-            temperature=config.temperature,
-            top_p=config.top_p,
-            max_tokens=config.max_completion_length,
-            seed=recipe.seed,
-            batch=config.batch,
-            done=done,
-        )
-        for group in track(groups, "reject", total=len(examples), done=len(done)):
-            folder.append("rollouts.jsonl", group_row(group, threshold=config.pass_iou))
+        keys = [example.key for example in examples]
+        if shard is not None:
+            own = shard.of(examples, keys)
+            _sample(recipe, folder, own)
+            return folder.finish({"shard": str(shard), "asked": len(own)}).summary
+        gather_parts(recipe, folder, {"rollouts.jsonl": keys})
+        _sample(recipe, folder, examples)
         rows = list(folder.rows("rollouts.jsonl"))
         rates = {row["key"]: float(row["pass_rate"]) for row in rows}
         kept = keep(examples, rates, config)
@@ -75,6 +68,29 @@ def run(recipe: Recipe) -> Mapping[str, Any]:
         lines = (json.dumps({**example.to_json(), "pass_rate": rates[example.key]}) + "\n" for example in kept)
         atomic_write_text(folder.file("kept.jsonl"), "".join(lines))
         return folder.finish(_summary(examples, kept, rates, rows)).summary
+
+
+def _sample(recipe: Recipe, folder: RunFolder, examples: Sequence[Example]) -> None:
+    """Group after group onto disk, as far as they are not there yet."""
+    config, done = recipe.reject, folder.done_keys("rollouts.jsonl")
+    if all(example.key in done for example in examples):
+        return
+    student = open_student(recipe, recipe.grpo.start)
+    groups = rollout_groups(
+        examples,
+        sampler=student.sampler,
+        ask=student.ask,
+        judge=student.scorer.score,
+        n=config.num_generations,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        max_tokens=config.max_completion_length,
+        seed=recipe.seed,
+        batch=config.batch,
+        done=done,
+    )
+    for group in track(groups, "reject", total=len(examples), done=len(done)):
+        folder.append("rollouts.jsonl", group_row(group, threshold=config.pass_iou))
 
 
 def group_row(group: Group, *, threshold: float) -> dict[str, Any]:

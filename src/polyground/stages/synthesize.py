@@ -29,7 +29,18 @@ from polyground.rollout import Ask
 from polyground.sampling import Sampler, sample_seed
 from polyground.sampling.forecast import Asking, Estimate, Forecast
 from polyground.sampling.scripted import ScriptedSampler
-from polyground.stages import aligned, own_splits, read_split, say, scene_paths, split_identity, stage_folder, track
+from polyground.stages import (
+    aligned,
+    gather_parts,
+    own_share,
+    own_splits,
+    read_split,
+    say,
+    scene_paths,
+    split_identity,
+    stage_folder,
+    track,
+)
 from polyground.storage import RunFolder
 from polyground.teaching import MARKS
 from polyground.vision import canvas_of
@@ -56,9 +67,15 @@ def run(recipe: Recipe) -> Mapping[str, Any]:
         "prompt_version": PROMPT_VERSION,
         "data": split_identity(recipe, "train"),
     }
-    with stage_folder(recipe, "synthesize", "synthesize", identity) as folder:
+    shard = own_share(recipe)
+    with stage_folder(recipe, "synthesize", "synthesize", identity, shard=shard) as folder:
         if folder.complete:
             return folder.summary
+        keys = [example.key for example in examples]
+        if shard is not None:
+            examples = shard.of(examples, keys)
+        else:
+            gather_parts(recipe, folder, {"kept.jsonl": keys, "rejected.jsonl": keys})
         done = folder.done_keys("kept.jsonl") | folder.done_keys("rejected.jsonl")
         left = [example for example in examples if example.key not in done]
         for line in cost_lines(recipe, left):
@@ -90,6 +107,8 @@ def run(recipe: Recipe) -> Mapping[str, Any]:
                 with suppress(BudgetError):
                     record(example, *tried([example]))
         summary = _summarize(folder, asked=len(done)) | stopped | _usage(teacher, judge)
+        if shard is not None:
+            return folder.finish({"shard": str(shard), **summary}).summary
         if not summary["kept"]:
             raise DataError(f"{folder.path}: the teacher's answers were all dropped ({summary['dropped']}); see rejected.jsonl")
         return folder.finish(summary).summary
