@@ -340,10 +340,14 @@ class TrainingConfig(Section):
     """Processes that decode and preprocess images ahead of the step; 0 leaves that to the training process. Each holds up to two
     batches of pixels."""
 
-    def deciding(self) -> dict[str, Any]:
-        """What decides the weights: how they are logged, kept and fed may change when a run is taken up again."""
+    def deciding(self, *, processes: int = 1) -> dict[str, Any]:
+        """What decides the weights: how they are logged, kept and fed may change when a run is taken up again.
+
+        So may the number of processes, if an optimiser step stays as large: two count as one with twice the accumulation.
+        """
         free = {"save_total_limit", "report_to", "dataloader_num_workers", "image_cache_mib"}
-        return {name: value for name, value in self.to_json().items() if name not in free}
+        decides = {name: value for name, value in self.to_json().items() if name not in free}
+        return decides | {"gradient_accumulation_steps": self.gradient_accumulation_steps * processes}
 
 
 class SftConfig(TrainingConfig):

@@ -87,6 +87,12 @@ def shared_stages(out: Path, verb: str, count: int) -> list[str]:
     return sorted(path.parent.parent.relative_to(out / PARTS).as_posix() for path in found)
 
 
+def launched_processes() -> int:
+    """How many processes a launcher has started; 1 for a process on its own."""
+    shard = launched_shard()
+    return 1 if shard is None else shard.count
+
+
 def part_folder(out: Path, stage: str, shard: Shard) -> Path:
     """Where a part of a stage lies in a run's folder."""
     return out / PARTS / stage / shard.name

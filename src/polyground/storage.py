@@ -285,7 +285,7 @@ class RunFolder:
             self._note_state()
 
     def finish(self, summary: Mapping[str, Any]) -> Manifest:
-        """Write the manifest, which makes the folder complete, and let go of it."""
+        """Write the manifest, which makes the folder complete, and let go of it; under torchrun the first process writes it."""
         manifest = Manifest(
             stage=self.stage,
             fingerprint=fingerprint(self.config),
@@ -295,8 +295,9 @@ class RunFolder:
             finished=datetime.now(UTC).isoformat(timespec="seconds"),
             seconds=round(self.seconds, 3),
         )
-        self._note_state()
-        atomic_write_json(self.path / MANIFEST, manifest.to_json())
+        if self._writes:
+            self._note_state()
+            atomic_write_json(self.path / MANIFEST, manifest.to_json())
         self.close()
         return manifest
 

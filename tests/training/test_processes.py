@@ -1,75 +1,127 @@
-"""Facts about training in several processes: two give what one gives with twice the accumulation."""
+"""Facts about training in several processes: two give what one gives with twice the accumulation, and take up its checkpoints."""
 
 from __future__ import annotations
 
+import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env
 from safetensors.torch import load_file
 
 from polyground.storage import read_rows
 from toys import write_image
 
 SCRIPT = Path(__file__).parent / "one_of_two.py"
-FSDP = {
-    "ACCELERATE_USE_FSDP": "true",
-    "FSDP_VERSION": "2",
-    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-    "FSDP_TRANSFORMER_CLS_TO_WRAP": "Qwen3VLTextDecoderLayer",
-    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
-}
+CONFIGS = Path(__file__).parents[2] / "recipes" / "accelerate"
+VERBS = ("sft", "grpo")
+STEPS = {"sft": 6, "grpo": 4}
+
+pytestmark = pytest.mark.slow
 
 
-def run(folder: Path, out: Path, *, processes: int, accumulation: int, environment: dict[str, str]) -> None:
-    images = out.parent / "images"
-    images.mkdir(exist_ok=True)
-    for i, colour in enumerate(("red", "blue", "pink", "cyan")):
-        write_image(images / f"{i}.png", colour, width=56 + 28 * (i % 2))
+def fsdp() -> dict[str, str]:
+    """What `accelerate launch --config_file recipes/accelerate/fsdp.yaml` tells its processes of FSDP."""
+    words = ["--config_file", str(CONFIGS / "fsdp.yaml"), "script.py"]
+    arguments, _, _ = _validate_launch_command(launch_command_parser().parse_args(words))
+    told = prepare_multi_gpu_env(arguments)
+    return {name: value for name, value in told.items() if name.startswith(("FSDP_", "ACCELERATE_USE_FSDP"))}
+
+
+def run(folder: Path, images: Path, jobs: list[dict], *, processes: int, environment: dict[str, str] | None = None) -> None:
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []
+    own = {name: value for name, value in os.environ.items() if not name.startswith(("FSDP_", "ACCELERATE_"))}
     done = subprocess.run(
-        [sys.executable, *launcher, str(SCRIPT), str(folder), str(images), str(out), str(accumulation)],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | environment,
+        [sys.executable, *launcher, str(SCRIPT), str(folder), str(images), json.dumps(jobs)],
+        env=own | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | (environment or {}),
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=900,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-6000:]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("environment", [pytest.param({}, id="ddp"), pytest.param(FSDP, id="fsdp2")])
-def test_two_processes_train_as_one_with_twice_the_accumulation(
-    toy_folder: Path, tmp_path: Path, environment: dict[str, str]
-) -> None:
-    run(toy_folder, tmp_path / "one", processes=1, accumulation=2, environment={})
-    run(toy_folder, tmp_path / "two", processes=2, accumulation=1, environment=environment)
-    one, two = ([row for row in read_rows(tmp_path / name / "log.jsonl") if "grad_norm" in row] for name in ("one", "two"))
-    assert [row["step"] for row in two] == [1, 2, 3]
+@pytest.fixture(scope="module")
+def runs(toy_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Each training in one process, in two under DDP and in two under FSDP, and each gone on from where another was at step 2."""
+    out = tmp_path_factory.mktemp("runs")
+    images = out / "images"
+    images.mkdir()
+    for i, colour in enumerate(("red", "blue", "pink", "cyan")):
+        write_image(images / f"{i}.png", colour, width=56 + 28 * (i % 2))
+
+    def job(verb: str, name: str, *, accumulation: int, start: str | None = None) -> dict:
+        begun = {} if start is None else {"start": str(out / f"{verb}-{start}")}
+        return {"verb": verb, "out": str(out / f"{verb}-{name}"), "accumulation": accumulation, **begun}
+
+    run(toy_folder, images, [job(verb, "one", accumulation=2) for verb in VERBS], processes=1)
+    for kind, environment in (("ddp", {}), ("fsdp", fsdp())):
+        jobs = [job(verb, kind, accumulation=1) for verb in VERBS]
+        jobs += [job(verb, f"{start}-{kind}", accumulation=1, start=start) for verb in VERBS for start in ("one", kind)]
+        run(toy_folder, images, jobs, processes=2, environment=environment)
+    back = [job(verb, f"{kind}-one", accumulation=2, start=kind) for verb in VERBS for kind in ("ddp", "fsdp")]
+    run(toy_folder, images, back, processes=1)
+    return out
+
+
+def lines(out: Path) -> list[dict]:
+    return [row for row in read_rows(out / "log.jsonl") if "grad_norm" in row]
+
+
+def adapter(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(out / "adapter" / "adapter_model.safetensors")
+
+
+def texts(out: Path) -> list[tuple]:
+    return [(row["step"], row["example"], row["sample"], row["completion"]["text"]) for row in read_rows(out / "rollouts.jsonl")]
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("verb", VERBS)
+def test_two_processes_train_as_one_with_twice_the_accumulation(runs: Path, verb: str, kind: str) -> None:
+    one, two = lines(runs / f"{verb}-one"), lines(runs / f"{verb}-{kind}")
+    assert [row["step"] for row in two] == list(range(1, STEPS[verb] + 1))
     for alone, shared in zip(one, two, strict=True):
         assert shared["loss"] == pytest.approx(alone["loss"], abs=1e-4)
-        for name in ("grad_norm", "reward", "kl", "entropy"):
-            assert shared[name] == pytest.approx(alone[name], rel=1e-3, abs=1e-4)
-    texts = [
-        sorted((row["step"], row["example"], row["sample"], row["completion"]["text"]) for row in read_rows(path))
-        for path in (tmp_path / name / "rollouts.jsonl" for name in ("one", "two"))
-    ]
-    assert texts[0] == texts[1]
-    ours, theirs = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("two", "one"))
+        assert set(alone) == set(shared)
+        # The pass a step belongs to counts idle rows.
+        for name in set(alone) - {"loss", "epoch"}:
+            assert shared[name] == pytest.approx(alone[name], rel=1e-3, abs=1e-4), name
+    ours, theirs = adapter(runs / f"{verb}-{kind}"), adapter(runs / f"{verb}-one")
     assert ours.keys() == theirs.keys()
     assert all(torch.allclose(ours[name], theirs[name], atol=1e-4) for name in ours)
+    assert any(tensor.abs().max() > 1e-2 for name, tensor in ours.items() if "lora_B" in name)
 
-    # Killed after its last checkpoint but one, the run goes on to the same weights.
-    checkpoint = tmp_path / "two" / "checkpoint-2"
-    assert (checkpoint / "pytorch_model_fsdp.bin").is_file() == bool(environment)
-    shutil.rmtree(tmp_path / "two" / "checkpoint-3")
-    shutil.rmtree(tmp_path / "two" / "adapter")
-    run(toy_folder, tmp_path / "two", processes=2, accumulation=1, environment=environment)
-    again = load_file(tmp_path / "two" / "adapter" / "adapter_model.safetensors")
-    assert all(torch.allclose(ours[name], again[name], atol=1e-6) for name in ours)
-    assert [row["step"] for row in read_rows(tmp_path / "two" / "log.jsonl") if "grad_norm" in row] == [1, 2, 3]
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_rollouts_stand_in_the_order_of_one_process(runs: Path, kind: str) -> None:
+    assert texts(runs / f"grpo-{kind}") == texts(runs / "grpo-one")
+
+
+@pytest.mark.parametrize("path", ["ddp-ddp", "fsdp-fsdp", "one-ddp", "one-fsdp", "ddp-one", "fsdp-one"])
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_checkpoint_is_taken_up_by_any_number_of_processes(runs: Path, verb: str, path: str) -> None:
+    whole, resumed = adapter(runs / f"{verb}-one"), adapter(runs / f"{verb}-{path}")
+    assert all(torch.allclose(resumed[name], whole[name], atol=1e-4) for name in whole)
+    assert [row["step"] for row in lines(runs / f"{verb}-{path}")] == list(range(1, STEPS[verb] + 1))
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_checkpoint_tells_nothing_of_who_shared_out_the_weights(runs: Path, verb: str) -> None:
+    kinds = [
+        sorted(path.name for path in (runs / f"{verb}-{kind}" / "checkpoint-2").iterdir() if "rng_state" not in path.name)
+        for kind in ("one", "ddp", "fsdp")
+    ]
+    assert kinds[0] == kinds[1] == kinds[2]
+    states = [
+        torch.load(runs / f"{verb}-{kind}" / "checkpoint-2" / "optimizer.pt", weights_only=True)["state"]
+        for kind in ("one", "fsdp")
+    ]
+    for mine, others in zip(states[0].values(), states[1].values(), strict=True):
+        assert torch.allclose(mine["exp_avg"], others["exp_avg"], atol=1e-5)

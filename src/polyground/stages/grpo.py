@@ -9,6 +9,7 @@ from polyground.config import Recipe
 from polyground.geometry import Grid
 from polyground.prompts import PROMPT_VERSION, student_messages
 from polyground.records import Example, Message
+from polyground.shards import launched_processes
 from polyground.stages import best_device, model_identity, model_path, require_images, stage_folder, start_folders, upstream
 from polyground.storage import read_rows
 
@@ -18,7 +19,7 @@ def run(recipe: Recipe) -> Mapping[str, Any]:
     rewards = recipe.rewards if recipe.grpo.rewards is None else recipe.grpo.rewards
     identity = {
         "seed": recipe.seed,
-        "grpo": recipe.grpo.deciding(),
+        "grpo": recipe.grpo.deciding(processes=launched_processes()),
         "rewards": [reward.to_json() for reward in rewards],
         "prompts": recipe.prompts.to_json(),
         "prompt_version": PROMPT_VERSION,

@@ -9,6 +9,7 @@ from polyground.answer import write_completion
 from polyground.config import PromptConfig, Recipe
 from polyground.prompts import PROMPT_VERSION, student_messages
 from polyground.records import Example, answer_from_json
+from polyground.shards import launched_processes
 from polyground.stages import best_device, model_identity, model_path, require_images, stage_folder, upstream
 from polyground.storage import read_rows
 
@@ -21,7 +22,7 @@ def run(recipe: Recipe) -> Mapping[str, Any]:
     """Read the kept rows, write each in the student's own words and grid, train, save the adapter."""
     identity = {
         "seed": recipe.seed,
-        "sft": recipe.sft.deciding(),
+        "sft": recipe.sft.deciding(processes=launched_processes()),
         "prompts": recipe.prompts.to_json(),
         "prompt_version": PROMPT_VERSION,
         "model": model_identity(recipe),

@@ -12,22 +12,21 @@ import logging
 import math
 import random
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from torch import Tensor
 from torch.utils.data import Dataset, SequentialSampler
-from transformers import Trainer
 
 from polyground.batches import PackedGroup, join_groups, pack_group
 from polyground.config import GrpoConfig, PrefixAttention
-from polyground.errors import ConfigError, DataError
+from polyground.errors import ConfigError, DataError, PolygroundError
 from polyground.geometry import Grid
 from polyground.losses import (
     BatchSize,
@@ -41,12 +40,13 @@ from polyground.losses import (
     token_scores,
     without_variance,
 )
-from polyground.models import ImageFeatures, Loaded
+from polyground.models import Family, ImageFeatures, Loaded
 from polyground.models.linear_attention import has_linear_attention, packed_mask
 from polyground.models.shared_prefix import SHARED_PREFIX
 from polyground.records import Completion, Example, Message, Rollout
 from polyground.rollout import Ask, Group, Judge, rollout_groups
 from polyground.sampling import Sampler
+from polyground.training.processes import PortableTrainer, PromptLengths, balanced, wrap_decoder_layers
 from polyground.training.remembering import Ready, Remembering
 from polyground.training.runs import append_rows, prepare_model, require_packable, train, training_arguments
 from polyground.training.watch import Watching, answer_metrics
@@ -80,13 +80,25 @@ class Lot:
 class Schedule(Dataset[Example]):
     """Which example stands at which place of the whole run; depends on the seed alone, so that a resumed run goes on in it.
 
-    Examples are shuffled anew for each pass. With several iterations a step's examples come again in the steps after it.
+    Examples are shuffled anew for each pass. With several iterations a step's examples come again in the steps after it. `deal`
+    rearranges those of one step, told by their numbers, for several processes.
     """
 
-    def __init__(self, examples: Sequence[Example], *, steps: int, per_step: int, num_iterations: int, seed: int) -> None:
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        *,
+        steps: int,
+        per_step: int,
+        num_iterations: int,
+        seed: int,
+        deal: Callable[[Sequence[int]], list[int]] | None = None,
+    ) -> None:
         self._examples = examples
         self._steps, self._per_step, self._num_iterations, self._seed = steps, per_step, num_iterations, seed
+        self._deal = deal
         self._orders: dict[int, list[int]] = {}
+        self._dealt: tuple[int, list[int]] = (-1, [])
 
     def __len__(self) -> int:
         return self._steps * self._per_step
@@ -100,8 +112,20 @@ class Schedule(Dataset[Example]):
 
     def number(self, index: int) -> int:
         """The example's place among the examples."""
+        return self._number(index // self._per_step // self._num_iterations, self.place(index))
+
+    def place(self, index: int) -> int:
+        """Its place in the step before the step was rearranged."""
         step, place = divmod(index, self._per_step)
-        lap, position = divmod(step // self._num_iterations * self._per_step + place, len(self._examples))
+        if self._deal is None:
+            return place
+        turn = step // self._num_iterations
+        if self._dealt[0] != turn:
+            self._dealt = turn, self._deal([self._number(turn, i) for i in range(self._per_step)])
+        return self._dealt[1][place]
+
+    def _number(self, turn: int, place: int) -> int:
+        lap, position = divmod(turn * self._per_step + place, len(self._examples))
         return self._order(lap)[position]
 
     def is_repeated(self, index: int) -> bool:
@@ -131,11 +155,11 @@ class Prepared(Dataset[Ready]):
         return len(self._schedule)
 
     def __getitem__(self, index: int) -> Ready:
-        example, number = self._schedule[index], self._schedule.number(index)
+        example, number, place = self._schedule[index], self._schedule.number(index), self._schedule.place(index)
         if not self._ahead or self._schedule.is_repeated(index):
-            return Ready(example=example, number=number)
+            return Ready(example=example, number=number, place=place)
         held = self._cached is not None and bool(self._cached[number])
-        return self._family.prepare(example, self._ask, number=number, held=held)
+        return self._family.prepare(example, self._ask, number=number, held=held, place=place)
 
     def tell(self, seen: Sequence[Ready]) -> None:
         """Let the workers know what the cache holds after a step."""
@@ -235,7 +259,31 @@ def _tokens(groups: Sequence[PackedGroup]) -> int:
     return sum(group.input_ids_1S.shape[1] for group in groups)
 
 
-class GrpoTrainer(Trainer):
+def dealing(examples: Sequence[Example], family: Family, ask: Ask, args: Any) -> Callable[[Sequence[int]], list[int]] | None:
+    """Deals the groups of a step out to the processes so that each has about as many prompt tokens; None for one process.
+
+    How long completions become is not known before they are sampled, and each process samples its own.
+    """
+    if args.world_size == 1:
+        return None
+    lengths = PromptLengths(family)
+
+    @cache
+    def tokens(number: int) -> int:
+        try:
+            messages, _ = ask(examples[number])
+        except PolygroundError:
+            return 0  # said where it is put to the policy
+        return lengths(messages)
+
+    def deal(numbers: Sequence[int]) -> list[int]:
+        costs = [tokens(number) for number in numbers]
+        return balanced(costs, processes=args.world_size, batch=args.per_device_train_batch_size)
+
+    return deal
+
+
+class GrpoTrainer(PortableTrainer):
     """transformers' Trainer whose batches are groups it samples itself, from the policy it trains."""
 
     def __init__(
@@ -260,10 +308,20 @@ class GrpoTrainer(Trainer):
                 "a checkpoint inside a set of rollouts could not be resumed exactly"
             )
         schedule = Schedule(
-            examples, steps=args.max_steps, per_step=groups_per_step(args), num_iterations=config.num_iterations, seed=seed
+            examples,
+            steps=args.max_steps,
+            per_step=groups_per_step(args),
+            num_iterations=config.num_iterations,
+            seed=seed,
+            deal=dealing(examples, family, ask, args),
         )
         self._prepared = Prepared(schedule, family, ask, ahead=args.dataloader_num_workers > 0, cached=config.image_cache_mib > 0)
         super().__init__(model=model, args=args, train_dataset=self._prepared, data_collator=list)
+        if self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3:
+            raise ConfigError(
+                "grpo: rollouts in the training processes need the weights whole, which ZeRO-3 does not give; launch it with "
+                "recipes/accelerate/fsdp.yaml, deepspeed-zero2.yaml or ddp.yaml"
+            )
         # `BatchSize` spans the accumulation window: losses of micro-batches are summed, not averaged.
         self.loss_is_scaled_for_ga = True
         self.config = config
@@ -382,7 +440,7 @@ class GrpoTrainer(Trainer):
             )
             lots = self._lots(model, groups)
         self._prepared.tell(prepared)
-        self._record(groups, lots, step=step)
+        self._record([ready.place for ready in prepared], groups, lots, step=step)
         return lots
 
     def _asked(self, example: Example) -> tuple[Sequence[Message], Sequence[Grid]]:
@@ -414,13 +472,13 @@ class GrpoTrainer(Trainer):
             features=self._family.encode_images(model, prompt),
             advantages_G=torch.tensor(values, device=device),
             size=size,
-            # With a KL penalty such a group still has a gradient: leaving it out would not be exact. Under FSDP all processes
-            # must run the same forwards.
+            # With a KL penalty such a group still has a gradient: leaving it out would not be exact. Under FSDP and ZeRO all
+            # processes must run the same forwards.
             skipped=(
                 self.config.skip_zero_variance
                 and self.config.beta == 0
                 and without_variance(group.totals)
-                and not self.is_fsdp_enabled
+                and not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
             ),
         )
         if lot.skipped:
@@ -443,20 +501,33 @@ class GrpoTrainer(Trainer):
 
     # What is said of it ----------------------------------------------------------------------------------------------
 
-    def _record(self, groups: Sequence[Group], lots: Sequence[Lot], *, step: int) -> None:
+    def _record(self, places: Sequence[int], groups: Sequence[Group], lots: Sequence[Lot], *, step: int) -> None:
+        told = self._told(
+            [
+                (place, _light(group), lot.advantages_G.tolist(), lot.skipped)
+                for place, group, lot in zip(places, groups, lots, strict=True)
+            ]
+        )
+        if not self.is_world_process_zero():
+            return
+        told.sort(key=lambda entry: entry[0])
         rows = [
-            {"step": step, "advantage": float(advantage), **_slim(rollout).to_json()}
-            for group, lot in zip(groups, lots, strict=True)
-            for rollout, advantage in zip(group.rollouts, lot.advantages_G.tolist(), strict=True)
+            {"step": step, "advantage": advantage, **_slim(rollout).to_json()}
+            for _, group, values, _ in told
+            for rollout, advantage in zip(group.rollouts, values, strict=True)
         ]
-        counted = [(group, lot.skipped) for group, lot in zip(groups, lots, strict=True)]
-        if self.args.world_size > 1:
-            rows, counted = gather_object(rows), gather_object(counted)
-        if self.is_world_process_zero():
-            append_rows(Path(self.args.output_dir) / ROLLOUTS, rows)
-        for key, value in group_metrics([group for group, _ in counted]).items():
+        append_rows(Path(self.args.output_dir) / ROLLOUTS, rows)
+        for key, value in group_metrics([group for _, group, _, _ in told]).items():
             self._metrics[key].append(value)
-        self._metrics["frac_groups_skipped"].append(sum(skipped for _, skipped in counted) / len(counted))
+        self._metrics["frac_groups_skipped"].append(sum(skipped for *_, skipped in told) / len(told))
+
+    def _told(self, own: list[Any]) -> list[Any]:
+        """What all processes have to tell of a step, at the first of them, which writes files and logs; nothing at the others."""
+        if self.args.world_size == 1:
+            return own
+        parts: list[Any] | None = [None] * self.args.world_size if self.args.process_index == 0 else None
+        torch.distributed.gather_object(own, parts, dst=0)
+        return [entry for part in parts or () for entry in part]
 
     def _measured(self) -> dict[str, float]:
         """Everything since the last log line; then the count starts again."""
@@ -533,6 +604,7 @@ def train_grpo(
     """
     if not examples:
         raise DataError(f"{out}: there is no question to train on; run reject and look at its pass rates")
+    wrap_decoder_layers(loaded.model, loaded.family)
     model = prepare_model(loaded.model, loaded.family, config, seed=seed)
     args = training_arguments(config, out, seed=seed, max_steps=1, use_cpu=loaded.device.type == "cpu")
     args.max_steps = grpo_steps(len(examples), config, per_step=groups_per_step(args))
@@ -560,6 +632,13 @@ def grpo_steps(examples: int, config: GrpoConfig, *, per_step: int) -> int:
     if config.max_steps > 0:
         return config.max_steps
     return max(1, math.ceil(examples / per_step) * config.num_iterations)
+
+
+def _light(group: Group) -> Group:
+    """Without log-probabilities, which nothing that is told of a group is made of."""
+    return replace(
+        group, rollouts=tuple(replace(rollout, completion=replace(rollout.completion, logprobs=())) for rollout in group.rollouts)
+    )
 
 
 def _slim(rollout: Rollout) -> Rollout:

@@ -28,6 +28,8 @@ class Ready:
     example: Example
     number: int
     """Its place among the examples."""
+    place: int = 0
+    """Its place in the step, whichever process has it."""
     asked: tuple[tuple[Message, ...], tuple[Grid, ...]] | None = None
     identity: str | None = None
     """Names the prompt by its contents; see `Remembering.identity`."""
@@ -125,12 +127,12 @@ class Remembering:
 
     # Ahead of the step ------------------------------------------------------------------------------------------------
 
-    def prepare(self, example: Example, ask: Ask, *, number: int, held: bool) -> Ready:
+    def prepare(self, example: Example, ask: Ask, *, number: int, held: bool, place: int = 0) -> Ready:
         """What can be done for an example without the model, in a worker process; `held` says the cache has its features.
 
         An error is handed on as a value, to be raised where its prompt is asked for.
         """
-        ready = Ready(example=example, number=number)
+        ready = Ready(example=example, number=number, place=place)
         try:
             messages, grids = ask(example)
             ready = replace(ready, asked=(tuple(messages), tuple(grids)), identity=self.identity(messages))

@@ -205,8 +205,8 @@ def _is_whole(checkpoint: Path) -> bool:
         state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    # FSDP names weights and optimiser in ways of its own.
-    needed = (("*.safetensors", "pytorch_model_fsdp*"), ("optimizer.pt", "optimizer*"), ("scheduler.pt",))
+    # FSDP names weights and optimiser in ways of its own where they are left in pieces; DeepSpeed has a folder for both.
+    needed = (("*.safetensors", "pytorch_model_fsdp*"), ("optimizer.pt", "optimizer*", "global_step*"), ("scheduler.pt",))
     return state.get("global_step") == checkpoint_step(checkpoint) and all(
         any(True for pattern in patterns for _ in checkpoint.glob(pattern)) for patterns in needed
     )

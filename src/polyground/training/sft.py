@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import Trainer
 
 from polyground.batches import collate_completions
 from polyground.config import SftConfig
@@ -20,6 +20,7 @@ from polyground.imagefile import ImageError
 from polyground.losses import IGNORED, completion_loss
 from polyground.models import Family, Loaded, Prompt
 from polyground.records import Message
+from polyground.training.processes import IDLE, EvenRows, PortableTrainer, PromptLengths, wrap_decoder_layers
 from polyground.training.runs import prepare_model, raising, train, training_arguments
 
 # Shapes: B rows, T tokens of the longest row.
@@ -46,25 +47,51 @@ class Lessons(Dataset[tuple[Prompt, list[int]] | DataError]):
         return len(self._lessons)
 
     def __getitem__(self, index: int) -> tuple[Prompt, list[int]] | DataError:
-        lesson = self._lessons[index]
+        lesson = self._lessons[0 if index == IDLE else index]
         try:
-            return self._family.encode(lesson.messages), list(self._family.completion_ids(lesson.completion))
+            prompt = self._family.encode(lesson.messages)
+            # A process that idles reads a prompt and learns nothing.
+            return prompt, [] if index == IDLE else list(self._family.completion_ids(lesson.completion))
         except ImageError as error:
             return DataError(f"{lesson.key}: {error}; then run the same command again, which goes on from its checkpoint")
         except DataError as error:
             return error
 
+    def cost(self) -> Callable[[int], float]:
+        """Tokens of a lesson by its number, found when asked for."""
+        lengths = PromptLengths(self._family)
 
-class SftTrainer(Trainer):
+        @cache
+        def tokens(index: int) -> float:
+            lesson = self._lessons[index]
+            return lengths(lesson.messages) + len(self._family.completion_ids(lesson.completion))
+
+        return tokens
+
+
+class SftTrainer(PortableTrainer):
     """transformers' Trainer with the loss on completion tokens, averaged over the whole optimiser batch."""
 
     def __init__(
         self, model: Any, *, args: Any, family: Family, lessons: Lessons, collate: Callable[..., dict[str, Any] | DataError]
     ) -> None:
         super().__init__(model=model, args=args, train_dataset=lessons, data_collator=collate)
+        self._lessons = lessons
         self._family = family
         # Makes Trainer count the completion tokens of the optimiser batch, which our loss then divides by.
         self.model_accepts_loss_kwargs = True
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if self.args.world_size == 1:
+            return super()._get_train_sampler(train_dataset)
+        return EvenRows(
+            len(self._lessons),
+            processes=self.args.world_size,
+            batch=self.args.per_device_train_batch_size,
+            accumulation=self.args.gradient_accumulation_steps,
+            seed=self.args.data_seed,
+            cost=self._lessons.cost(),
+        )
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
         return super().get_batch_samples(raising(epoch_iterator), num_batches, device)
@@ -78,7 +105,8 @@ class SftTrainer(Trainer):
     ) -> Any:
         labels_BT = inputs.pop("labels")
         # Logits are needed from the place before the first completion token on; before it stand mostly image tokens.
-        first = int((labels_BT != IGNORED).any(0).nonzero()[0]) - 1
+        labelled = (labels_BT != IGNORED).any(0).nonzero()
+        first = int(labelled[0]) - 1 if len(labelled) else labels_BT.shape[1] - 2
         keep = torch.arange(first, labels_BT.shape[1] - 1, device=labels_BT.device)
         # The vision tower is frozen: images are encoded without gradient, by the same call as in sampling and GRPO.
         features = self._family.encode_images_of(model, inputs.pop("prompts"))
@@ -97,6 +125,7 @@ def train_sft(loaded: Loaded, lessons: Sequence[Lesson], config: SftConfig, *, o
     """Train on the lessons and save to `out/adapter`, or the whole model to `out/model`; goes on from the last checkpoint."""
     if not lessons:
         raise DataError(f"{out}: there is nothing to learn from; run synthesize and look at its rejected rows")
+    wrap_decoder_layers(loaded.model, loaded.family)
     model = prepare_model(loaded.model, loaded.family, config, seed=seed)
     args = training_arguments(config, out, seed=seed, max_steps=1, use_cpu=loaded.device.type == "cpu")
     args.max_steps = sft_steps(len(lessons), config, processes=args.world_size)
