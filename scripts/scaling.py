@@ -96,7 +96,7 @@ def shared_out(estimate: Estimate, size: ModelSize, devices: int, *, sampling_wh
     layer = 2 * (size.parameters - size.vision_parameters - 2 * size.decoder.vocab * size.decoder.hidden) / size.decoder.layers
     outside = weights - layer * size.decoder.layers
     lasting = sum(part / devices if name in SHARED else part for name, part in estimate.lasting.items())
-    whole = {phase: outside + 2 * layer for phase in estimate.phases}
+    whole = dict.fromkeys(estimate.phases, outside + 2 * layer)
     if sampling_whole:
         # Rollouts in the training process: the sampler runs on whole weights.
         whole |= dict.fromkeys(("images", "sampling"), float(weights))

@@ -284,3 +284,9 @@ def test_ranks_other_than_the_first_write_no_state(tmp_path: Path, monkeypatch: 
     monkeypatch.setenv("RANK", "1")
     RunFolder(tmp_path / "sft", "sft", CONFIG).close()
     assert not (tmp_path / "sft").exists()
+
+
+def test_ranks_other_than_the_first_complete_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert RunFolder(tmp_path / "sft", "sft", CONFIG).finish({"steps": 3}).summary == {"steps": 3}
+    assert not (tmp_path / "sft" / "manifest.json").exists()

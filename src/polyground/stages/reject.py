@@ -57,7 +57,8 @@ def run(recipe: Recipe) -> Mapping[str, Any]:
             return folder.finish({"shard": str(shard), "asked": len(own)}).summary
         gather_parts(recipe, folder, {"rollouts.jsonl": keys})
         _sample(recipe, folder, examples)
-        rows = list(folder.rows("rollouts.jsonl"))
+        # Without the completions, which are nearly all of the bytes.
+        rows = [{name: row[name] for name in ("key", "pass_rate", "mean_reward")} for row in folder.rows("rollouts.jsonl")]
         rates = {row["key"]: float(row["pass_rate"]) for row in rows}
         kept = keep(examples, rates, config)
         if not kept:

@@ -296,7 +296,7 @@ def _details(attempt: Attempt) -> dict[str, Any]:
 
 
 def _summarize(folder: RunFolder, *, asked: int) -> dict[str, Any]:
-    kept, rejected = list(folder.rows("kept.jsonl")), list(folder.rows("rejected.jsonl"))
+    kept, rejected = ([_told(row) for row in folder.rows(name)] for name in ("kept.jsonl", "rejected.jsonl"))
     attempts = Counter(why for row in [*kept, *rejected] for why in row.get("reasons", ()) if why is not None)
     summary: dict[str, Any] = {
         "asked": asked,
@@ -304,7 +304,7 @@ def _summarize(folder: RunFolder, *, asked: int) -> dict[str, Any]:
         "dropped": dict(sorted(Counter(row["reason"] for row in rejected).items())),
         "dropped_attempts": dict(sorted(attempts.items())),
         "kept_by_task": dict(sorted(Counter(row["task"] for row in kept).items())),
-        "mean_words": sum(len(row["reasoning"].split()) for row in kept) / max(1, len(kept)),
+        "mean_words": sum(row["words"] for row in kept) / max(1, len(kept)),
     }
     if aided := sum(row.get("aided", False) for row in kept):
         summary["kept_aided"] = aided
@@ -313,6 +313,12 @@ def _summarize(folder: RunFolder, *, asked: int) -> dict[str, Any]:
     if marked := [row["marks"] for row in [*kept, *rejected] if "marks" in row]:
         summary["mean_marks"] = {name: fmean(marks[name] for marks in marked) for name in MARKS}
     return summary
+
+
+def _told(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What the summary tells of a row; the rest of many rows is not held."""
+    told = {key: row[key] for key in ("task", "reason", "reasons", "aided", "agreement", "marks") if key in row}
+    return told | {"words": len(row.get("reasoning", "").split())}
 
 
 def _usage(teacher: Teacher, judge: Judge | None) -> dict[str, Any]:
