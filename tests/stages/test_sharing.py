@@ -107,19 +107,42 @@ def test_what_cannot_be_shared_out_is_refused(
     assert said in capsys.readouterr().err
 
 
-@pytest.mark.slow
-def test_processes_of_a_launcher_share_out_and_put_together(toy: Path, finished: Path, begun: Path) -> None:
+def launch(words: list[str]) -> subprocess.CompletedProcess[str]:
+    """`polyground` in two processes."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "polyground"]
-    done = subprocess.run(
-        [*launcher, "reject", str(toy / "recipe.yaml"), "--out", str(begun)],
+    return subprocess.run(
+        [*launcher, *words],
         env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,
         check=False,
     )
+
+
+@pytest.mark.slow
+def test_processes_of_a_launcher_share_out_and_put_together(toy: Path, finished: Path, begun: Path) -> None:
+    done = launch(["reject", str(toy / "recipe.yaml"), "--out", str(begun)])
     assert done.returncode == 0, done.stderr[-6000:]
     assert rows(begun, "reject", finished) == rows(finished, "reject", finished)
     asked = [json.loads(path.read_text())["summary"]["asked"] for path in begun.glob("shards/reject/*/manifest.json")]
     assert len(asked) == 2
     assert sum(asked) == 4
+
+
+@pytest.mark.slow
+def test_a_training_by_two_processes_is_that_of_one_with_twice_the_accumulation(
+    toy: Path, finished: Path, begun: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("sft", "sft-merged"):
+        shutil.rmtree(begun / name)
+    words = ["sft", str(toy / "recipe.yaml"), "--out", str(begun), "--per_device_train_batch_size", "1"]
+    done = launch(words)
+    assert done.returncode == 0, done.stderr[-6000:]
+    # A step of two processes with one row each has the rows of one process with two.
+    two, one = ([row["loss"] for row in read_rows(out / "sft" / "log.jsonl") if "grad_norm" in row] for out in (begun, finished))
+    assert two == pytest.approx(one, abs=1e-4)
+    assert read_json(begun / "sft" / "manifest.json")["config"]["sft"]["gradient_accumulation_steps"] == 2
+    assert main([*words, "--gradient_accumulation_steps", "2"]) == 0
+    assert main(words) == 2
+    assert "changed: sft.gradient_accumulation_steps" in capsys.readouterr().err

@@ -174,6 +174,12 @@ class ChatFamily(ABC):
         for name in self.vision_parts:
             getattr(core_of(model), name).requires_grad_(False)
 
+    def set_vision_aside(self, model: nn.Module) -> None:
+        core = core_of(model)
+        for name in self.vision_parts:
+            # An attribute like any other, which nobody who goes through the modules finds.
+            core.__dict__[name] = core._modules.pop(name)
+
     def encode_images(self, model: nn.Module, prompt: Prompt) -> ImageFeatures:
         return self.encode_images_of(model, [prompt])[0]
 

@@ -114,6 +114,10 @@ class Family(Protocol):
         """Freeze the vision tower and the projector behind it, so that image features are computed once and kept."""
         ...
 
+    def set_vision_aside(self, model: nn.Module) -> None:
+        """Keep the vision tower out of what is shared out and saved: it stays whole, and where it is."""
+        ...
+
     def encode_images(self, model: nn.Module, prompt: Prompt) -> ImageFeatures:
         """The vision tower's output for one prompt, without gradient."""
         ...

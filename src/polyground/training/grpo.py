@@ -317,7 +317,7 @@ class GrpoTrainer(PortableTrainer):
         )
         self._prepared = Prepared(schedule, family, ask, ahead=args.dataloader_num_workers > 0, cached=config.image_cache_mib > 0)
         super().__init__(model=model, args=args, train_dataset=self._prepared, data_collator=list)
-        if self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3:
+        if self.zero_stage == 3:
             raise ConfigError(
                 "grpo: rollouts in the training processes need the weights whole, which ZeRO-3 does not give; launch it with "
                 "recipes/accelerate/fsdp.yaml, deepspeed-zero2.yaml or ddp.yaml"

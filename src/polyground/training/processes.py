@@ -106,6 +106,11 @@ class PortableTrainer(Trainer):
     """
 
     @property
+    def zero_stage(self) -> int:
+        """Of DeepSpeed; 0 without it."""
+        return int(self.accelerator.state.deepspeed_plugin.zero_stage) if self.is_deepspeed_enabled else 0
+
+    @property
     def _is_portable(self) -> bool:
         if not self.is_fsdp_enabled or not isinstance(self.model, PeftModel):
             return False

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from polyground.batches import collate_completions
 from polyground.config import SftConfig
-from polyground.errors import DataError
+from polyground.errors import ConfigError, DataError
 from polyground.imagefile import ImageError
 from polyground.losses import IGNORED, completion_loss
 from polyground.models import Family, Loaded, Prompt
@@ -78,6 +79,11 @@ class SftTrainer(PortableTrainer):
         super().__init__(model=model, args=args, train_dataset=lessons, data_collator=collate)
         self._lessons = lessons
         self._family = family
+        if self.zero_stage == 3:
+            if not isinstance(model, PeftModel):
+                raise ConfigError("sft: ZeRO-3 is for an adapter (use_peft: true); to train all weights use FSDP or ZeRO-2")
+            # ZeRO-3 puts weights together where a module begins, which processes would do as often as they have images.
+            family.set_vision_aside(model)
         # Makes Trainer count the completion tokens of the optimiser batch, which our loss then divides by.
         self.model_accepts_loss_kwargs = True
 
