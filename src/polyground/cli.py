@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from polyground.errors import ConfigError, PolygroundError
+from polyground.errors import ConfigError, PolygroundError, visible
 
 if TYPE_CHECKING:
     from polyground.config import Recipe
@@ -56,10 +56,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code: 0, 2 when the user must change something, 130 when interrupted."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     _quiet_libraries()
+    _log_visibly()
     try:
         return _dispatch(arguments)
     except PolygroundError as error:
-        print(f"polyground: {error}", file=sys.stderr)
+        print(f"polyground: {visible(str(error), keep=_LINES)}", file=sys.stderr)
         return REFUSED
     except KeyboardInterrupt:
         print("\npolyground: interrupted; run the same command again to continue", file=sys.stderr)
@@ -266,6 +267,22 @@ def _quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=UserWarning, module=r"(torch|transformers|peft|tensorboard)(\..*)?")
     for name in ("transformers", "peft", "torch"):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+class _Visible(logging.Formatter):
+    """The message alone; what it quotes of models and annotations moves no cursor."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return visible(super().format(record), keep=_LINES)
+
+
+_LINES = "\n\t"
+
+
+def _log_visibly() -> None:
+    # Nothing else configures logging: warnings reach standard error through the handler of last resort.
+    if logging.lastResort is not None:
+        logging.lastResort.setFormatter(_Visible("%(message)s"))
 
 
 def _set_threads() -> None:

@@ -602,6 +602,10 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen = set()
         for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(
+                    None, None, "a key is a word, no list and no mapping", key_node.start_mark
+                )
             if key_node.value in seen and key_node.value != "<<":
                 raise yaml.constructor.ConstructorError(
                     None, None, f"the key {key_node.value!r} stands twice", key_node.start_mark
@@ -627,7 +631,8 @@ def read_yaml(path: Path, what: str = "recipe") -> dict[str, Any]:
         raise ConfigError(f"{path}: no such {what}; the ones that come with the project are in recipes/") from error
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); name a YAML file you may read") from error
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        # Something like a date that no calendar has is a ValueError.
         raise ConfigError(f"{path}: not valid YAML ({' '.join(str(error).split())}); mend the file there") from error
     if tree is None:
         return {}
@@ -653,7 +658,7 @@ def _split_overrides(overrides: Sequence[str]) -> Iterator[tuple[str, str]]:
 def _yaml_value(key: str, value: str) -> Any:
     try:
         return yaml.load(value, Loader=_Loader)  # noqa: S506 - a SafeLoader
-    except yaml.YAMLError as error:
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(f"--{key}: {value!r} is not a YAML value; quote it, as in --{key} \"'text'\"") from error
 
 

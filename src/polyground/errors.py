@@ -1,4 +1,8 @@
-"""The exceptions a user can cause, each with a message that says where, what and what to do."""
+"""The exceptions a user can cause, each with a message that says where, what and what to do, and how they are shown."""
+
+from __future__ import annotations
+
+import unicodedata
 
 
 class PolygroundError(Exception):
@@ -27,3 +31,22 @@ class EndpointError(ModelError):
 
 class BudgetError(EndpointError):
     """What the recipe allows to be spent on a server is spent; what was answered is kept."""
+
+
+def visible(text: str, *, keep: str = "") -> str:
+    """The text with its control characters written out, so that a terminal shows them and obeys none; `keep` are left.
+
+    What models, annotations and servers say may hold the sequences that clear a screen or turn a line round.
+
+    >>> visible("a\\x1b[2Jb", keep="\\n")
+    'a\\\\x1b[2Jb'
+    """
+    return "".join(c if c in keep or not _obeyed(c) else ascii(c)[1:-1] for c in text)
+
+
+def _obeyed(character: str) -> bool:
+    """Control characters, other ends of a line, what turns the direction of writing, and halves of a surrogate pair."""
+    return unicodedata.category(character) in ("Cc", "Zl", "Zp", "Cs") or character in _DIRECTIONS
+
+
+_DIRECTIONS = frozenset(map(chr, (*range(0x202A, 0x202F), *range(0x2066, 0x206A))))

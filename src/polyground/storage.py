@@ -14,7 +14,7 @@ import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -159,6 +159,8 @@ class Manifest:
     """UTC, ISO 8601."""
     seconds: float
     """Wall time over all resumptions."""
+    files: Mapping[str, int] = field(default_factory=dict)
+    """Bytes of the folder's rows, tables and weights when they were complete."""
 
     def to_json(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self.__slots__}
@@ -209,11 +211,41 @@ def read_manifest(path: Path | str) -> Manifest:
         raise StorageError(f"{path}: {why}; run `polyground {stage}` with this recipe first")
     row = _read_own_json(path / MANIFEST)
     try:
-        return Manifest(**{name: row[name] for name in Manifest.__slots__})
+        return Manifest(**{name: row[name] for name in Manifest.__slots__ if name != "files" or name in row})
     except (KeyError, TypeError) as error:
         raise StorageError(
             f"{path / MANIFEST}: not a manifest of this program ({error}); delete the folder and run its stage again"
         ) from error
+
+
+def require_whole(path: Path | str) -> None:
+    """Raises StorageError for a file of a complete folder that has another length than when the folder became complete.
+
+    A line lost at the end of a file leaves a file that looks whole. A file that is gone is missed by whoever reads it.
+    """
+    path = Path(path)
+    manifest = read_manifest(path)
+    for name, size in manifest.files.items():
+        file = path / name
+        if file.is_file() and (found := file.stat().st_size) != size:
+            raise StorageError(
+                f"{file}: has {found} bytes, and had {size} when `{manifest.stage}` was complete; bring back what is lost, "
+                f"or delete {path} and run the stage again"
+            )
+
+
+def _lengths(folder: Path) -> dict[str, int]:
+    """Bytes of what is never written to again; checkpoints and what belongs to other programs are left out."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        ours = path.suffix in _LASTING and path.name not in (STATE, MANIFEST) and not path.name.startswith(".")
+        if ours and not name.parts[0].startswith("checkpoint-") and path.is_file():
+            found[name.as_posix()] = path.stat().st_size
+    return found
+
+
+_LASTING = (".jsonl", ".json", ".safetensors")
 
 
 class RunFolder:
@@ -235,7 +267,9 @@ class RunFolder:
             state = {"stage": stage, "fingerprint": fingerprint(self.config), "config": self.config, "seconds": 0.0}
         self._refuse_another(state)
         self._seconds_before = float(state["seconds"])
-        if not self.complete:
+        if self.complete:
+            require_whole(self.path)
+        else:
             self.lock()
             self._note_state()
 
@@ -294,6 +328,7 @@ class RunFolder:
             summary=json.loads(json.dumps(summary, default=_jsonable)),
             finished=datetime.now(UTC).isoformat(timespec="seconds"),
             seconds=round(self.seconds, 3),
+            files=_lengths(self.path),
         )
         if self._writes:
             self._note_state()
@@ -304,14 +339,14 @@ class RunFolder:
     def lock(self) -> None:
         """Keep other processes out until `close`, `finish` or the end of this process. Raises StorageError if one is in."""
         if self._writes:
-            _take_lock(self.path, self.stage)
+            _take_lock(self.path / LOCK, self.stage)
 
     def close(self) -> None:
         """Close the files and let other processes in; the folder can be opened again."""
         for writer in self._writers.values():
             writer.close()
         self._writers.clear()
-        _release_lock(self.path)
+        _release_lock(self.path / LOCK)
 
     def __enter__(self) -> Self:
         return self
@@ -427,20 +462,33 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+@contextmanager
+def sole(folder: Path | str, stage: str) -> Iterator[None]:
+    """Keep other processes from making a folder that is written aside and then renamed. Raises StorageError if one does."""
+    lock = Path(folder).with_name(f".{Path(folder).name}{LOCK}")
+    if os.environ.get("RANK", "0") == "0":
+        _take_lock(lock, stage)
+    try:
+        yield
+    finally:
+        _release_lock(lock)
+
+
 # A POSIX lock belongs to the process: the same process may open a folder twice, a forked data worker inherits nothing,
-# and the kernel lets go when the process dies. It also lets go when *any* descriptor of the file closes, hence one per folder.
+# and the kernel lets go when the process dies. It also lets go when *any* descriptor of the file closes, hence one per file.
 _LOCKS: dict[Path, int] = {}
 
 
-def _take_lock(folder: Path, stage: str) -> None:
-    folder = folder.absolute()
+def _take_lock(lock: Path, stage: str) -> None:
+    lock = lock.absolute()
+    folder = lock.parent
     with _explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        held = _LOCKS.get(folder)
-        if held is not None and (folder / LOCK).exists() and os.fstat(held).st_ino == (folder / LOCK).stat().st_ino:
+        held = _LOCKS.get(lock)
+        if held is not None and lock.exists() and os.fstat(held).st_ino == lock.stat().st_ino:
             return
-        _release_lock(folder)
-        descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        _release_lock(lock)
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:
@@ -448,11 +496,11 @@ def _take_lock(folder: Path, stage: str) -> None:
             raise StorageError(
                 f"{folder}: another process is running `{stage}` there; wait for it, stop it, or choose another --out"
             ) from error
-    _LOCKS[folder] = descriptor
+    _LOCKS[lock] = descriptor
 
 
-def _release_lock(folder: Path) -> None:
-    descriptor = _LOCKS.pop(folder.absolute(), None)
+def _release_lock(lock: Path) -> None:
+    descriptor = _LOCKS.pop(lock.absolute(), None)
     if descriptor is not None:
         os.close(descriptor)
 

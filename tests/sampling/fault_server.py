@@ -49,7 +49,9 @@ SLOW, PAUSE = 0.05, 0.01
 class FaultServer:
     """Answers from the request alone, so that two servers agree; `script` says what the first requests meet instead."""
 
-    def __init__(self, script: Sequence[str] = (), *, most: int | None = None, usage: bool = True, text: str = "") -> None:
+    def __init__(
+        self, script: Sequence[str] = (), *, most: int | None = None, usage: bool = True, text: str = "", port: int = 0
+    ) -> None:
         self.script = list(script)
         self.most = most
         """The largest `n` it takes; a larger one is answered with 400. None takes any."""
@@ -71,7 +73,7 @@ class FaultServer:
         self.released = threading.Event()
         self.hold: Callable[[], None] = lambda: None
         """Called before each answer."""
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
+        self.http = ThreadingHTTPServer(("127.0.0.1", port), _handler(self))
         self.http.daemon_threads = True
         self.port = self.http.server_port
         self.url = f"http://127.0.0.1:{self.port}/v1"

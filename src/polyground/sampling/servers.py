@@ -16,7 +16,7 @@ from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import urlsplit, urlunsplit
 
-from polyground.errors import ConfigError, EndpointError
+from polyground.errors import ConfigError, EndpointError, visible
 from polyground.records import Completion
 
 if TYPE_CHECKING:
@@ -288,7 +288,7 @@ class Servers:
         raise _refusal(server, status, said) from None
 
     def _redacted(self, text: str) -> str:
-        return text.replace(self._key, "***") if self._key else text
+        return visible(text.replace(self._key, "***") if self._key else text)
 
     async def close(self) -> None:
         for server in self._servers:

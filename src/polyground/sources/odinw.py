@@ -55,7 +55,7 @@ def scan_odinw(
 
     def read_row(row: Any, key: str) -> Example:
         image, category, instances = row["image"], row["category"], row["instances"]
-        size = size_of(image)
+        size, image_id = size_of(image), field_of(image, "id", (int, str))
         image_path = root.path(field_of(image, "file_name", str))
         if check_sizes:
             require_size(image_path, size)
@@ -72,7 +72,7 @@ def scan_odinw(
             meta={
                 "source": "odinw",
                 "dataset": dataset,
-                "image_id": image["id"],
+                "image_id": image_id,
                 "category_ids": row["category_ids"],
                 "category": category,
                 "size": list(size),

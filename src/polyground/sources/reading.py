@@ -19,7 +19,7 @@ from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, Literal
 
-from polyground.errors import DataError
+from polyground.errors import DataError, visible
 from polyground.geometry import Box
 from polyground.imagefile import ImageError, problem_of
 from polyground.records import Example
@@ -143,7 +143,7 @@ def require_none_bad(bad: Sequence[BadRow], path: Path, *, remedy: str = "repair
     if not bad:
         return
     counts = ", ".join(f"{count} {reason}" for reason, count in reasons_of(bad).items())
-    rows = "".join(f"\n  row {row.row} ({row.key}): {row.detail}" for row in bad[:NAMED])
+    rows = "".join(f"\n  row {row.row} ({visible(row.key)}): {visible(row.detail)}" for row in bad[:NAMED])
     raise DataError(f"{path}: {len(bad)} bad rows ({counts}); {remedy}{rows}")
 
 

@@ -27,7 +27,7 @@ from polyground.records import Example, Message
 from polyground.shards import Shard, gather, parse_shard, part_folder, part_identity
 from polyground.sources import ABOUT_ROWS, SOURCES, BadRow, Item, chosen, read_source, scan_source
 from polyground.sources.reading import require_none_bad
-from polyground.storage import MANIFEST, RunFolder, made_alike, read_manifest, take_over
+from polyground.storage import MANIFEST, RunFolder, made_alike, read_manifest, require_whole, take_over
 from polyground.worlds.build import CHOICE, SCENES, SPLITS, WORLD_VERSION, annotation_path
 
 if TYPE_CHECKING:
@@ -172,6 +172,7 @@ def require(recipe: Recipe, folder: str) -> Path:
     path = recipe.out / folder
     if not (path / MANIFEST).is_file():
         raise StorageError(f"{path}: is not complete; run `polyground {VERBS.get(folder, folder)}` with this recipe first")
+    require_whole(path)
     return path
 
 
@@ -389,7 +390,9 @@ def track(rows: Iterable[Row], description: str, *, total: int, done: int = 0) -
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     if not console.is_terminal:
-        console.print(f"{description}: {total - done} to do" + (f" ({done} done before)" if done else ""), highlight=False)
+        console.print(
+            f"{description}: {total - done} to do" + (f" ({done} done before)" if done else ""), highlight=False, markup=False
+        )
         yield from rows
         return
     with Progress(*columns, console=console) as progress:

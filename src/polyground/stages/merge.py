@@ -21,7 +21,7 @@ from polyground.errors import ModelError, StorageError
 from polyground.models import Loaded, load_model, model_folder, save_processor_files
 from polyground.records import Message
 from polyground.stages import adopt, model_identity, model_path, require, start_folders, upstream
-from polyground.storage import MANIFEST, RunFolder
+from polyground.storage import MANIFEST, RunFolder, sole
 
 ORIGIN = "merged_from.json"
 """Written into the merged folder: where it came from, the adapter's configuration and the parity check."""
@@ -48,13 +48,14 @@ def _merge_stage(recipe: Recipe, stage: str, *, out: Path) -> dict[str, Any]:
     adopt(recipe, out.name, "merge", identity)
     if not (out / MANIFEST).is_file():
         base, trained = model_path(recipe, role), recipe.out / stage
-        if (trained / "model").is_dir():
-            summary = copy_model(base, trained / "model", out)
-        else:
-            made = merge_adapter(base, trained / "adapter", out, tolerance=recipe.merge.tolerance, dtype=recipe.model.dtype)
-            summary = {name: made[name] for name in ("base", "adapter", "dtype", "tolerance", "max_logprob_difference")}
-        with RunFolder(out, "merge", identity) as folder:
-            folder.finish(summary)
+        with sole(out, "merge"):
+            if (trained / "model").is_dir():
+                summary = copy_model(base, trained / "model", out)
+            else:
+                made = merge_adapter(base, trained / "adapter", out, tolerance=recipe.merge.tolerance, dtype=recipe.model.dtype)
+                summary = {name: made[name] for name in ("base", "adapter", "dtype", "tolerance", "max_logprob_difference")}
+            with RunFolder(out, "merge", identity) as folder:
+                folder.finish(summary)
     with RunFolder(out, "merge", identity) as folder:
         return dict(folder.summary)
 

@@ -16,11 +16,12 @@ from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from polyground.config import GrpoConfig, Recipe, SftConfig, dump_recipe
 from polyground.conventions import Convention, load_convention, model_folder
-from polyground.errors import DataError, StorageError
+from polyground.errors import DataError, StorageError, visible
 from polyground.imagefile import image_size
 from polyground.memory import Prompts, describe, grpo_memory, model_size, sft_memory
 from polyground.prompts import student_messages
@@ -50,7 +51,7 @@ def run(recipe: Recipe) -> Mapping[str, Any]:
         report = done if verb == "report" else report
         made = sorted(completed(recipe.out) - before)
         times.add(f"{number} {verb}", seconds=time.monotonic() - since, peak=peak_memory())
-        console.print(f"{', '.join(made)}: complete" if made else "nothing left to do", highlight=False)
+        console.print(f"{', '.join(made)}: complete" if made else "nothing left to do", highlight=False, markup=False)
     show(recipe, report=report)
     return {"out": str(recipe.out), "report": str(report), "stages": times.rows}
 
@@ -88,7 +89,7 @@ def show(recipe: Recipe, *, report: Any = None) -> None:
         console.print(results_table(recipe, read_json(results)))
     console.print(_stages_table(read_json(recipe.out / "times.json")))
     if report is not None:
-        console.print(f"report: {report}", highlight=False, soft_wrap=True)
+        console.print(f"report: {report}", highlight=False, soft_wrap=True, markup=False)
 
 
 def results_table(recipe: Recipe, results: Mapping[str, Any]) -> Table:
@@ -96,7 +97,7 @@ def results_table(recipe: Recipe, results: Mapping[str, Any]) -> Table:
     threshold = f"{results['tags']['headline_iou']:g}"
     models = results["models"]
     pairs = [pair for pair in ("sft-base", "rl-sft", "rl-base") if all(role in models for role in pair.split("-"))]
-    title = f"{recipe.name}: accuracy at IoU {threshold} in percent, macro over tasks, 95 % intervals"
+    title = f"{escape(visible(recipe.name))}: accuracy at IoU {threshold} in percent, macro over tasks, 95 % intervals"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("split", no_wrap=True)
     table.add_column("n", justify="right", no_wrap=True)
@@ -108,7 +109,7 @@ def results_table(recipe: Recipe, results: Mapping[str, Any]) -> Table:
         cells = [found["models"][role]["macro"]["accuracy"][threshold] for role in models]
         gains = [found["differences"][pair]["macro"] for pair in pairs]
         count = found["models"][models[0]]["macro"]["examples"]
-        table.add_row(split, str(count), *map(_percent, cells), *map(_points, gains))
+        table.add_row(escape(split), str(count), *map(_percent, cells), *map(_points, gains))
     return table
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,13 +27,16 @@ from transformers import (
 )
 
 from polyground.config import TrainingConfig
-from polyground.errors import ConfigError, PolygroundError, StorageError
+from polyground.errors import ConfigError, DataError, PolygroundError, StorageError
 from polyground.models import Family
 from polyground.models.lora import compute_in_one_piece
 from polyground.models.shared_prefix import SHARED_PREFIX
-from polyground.storage import RowWriter, atomic_write_text, read_rows
+from polyground.storage import RowWriter, atomic_write_json, atomic_write_text, read_json, read_rows
 
 logger = logging.getLogger("polyground")
+
+SEAL = "whole.json"
+"""In a checkpoint: SHA-256 of each of its files."""
 
 LOG = "log.jsonl"
 """One row per log line of the trainer: `step` and what was measured since the one before."""
@@ -169,7 +174,10 @@ class ProgressBar(TrainerCallback):
         tenth = 10 * state.global_step // max(1, state.max_steps)
         if state.is_world_process_zero and not self._console.is_terminal and figures and tenth > self._tenth:
             self._console.print(
-                f"{self._description}: step {state.global_step} of {state.max_steps}  {figures}", highlight=False, soft_wrap=True
+                f"{self._description}: step {state.global_step} of {state.max_steps}  {figures}",
+                highlight=False,
+                soft_wrap=True,
+                markup=False,
             )
             self._tenth = tenth
 
@@ -188,10 +196,64 @@ def raising(batches: Iterator[Any]) -> Iterator[Any]:
         yield batch
 
 
+class Seal(TrainerCallback):
+    """Writes into every checkpoint, last of all, what its files hash to; and keeps the clock out of which one is the oldest."""
+
+    def __init__(self, wait: Callable[[], None]) -> None:
+        self._wait = wait
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if control.should_save and state.is_world_process_zero:
+            date_by_step(Path(str(args.output_dir)))
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._wait()  # other processes write files of their own
+        checkpoint = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+        if state.is_world_process_zero and checkpoint.is_dir():
+            atomic_write_json(checkpoint / SEAL, _digests(checkpoint))
+
+
+def date_by_step(folder: Path) -> None:
+    """Date the checkpoints in the order of their steps, all in the past.
+
+    transformers deletes the one that is oldest by its date: after a clock was put back that is the newest, just written.
+    """
+    now = time.time()
+    for age, checkpoint in enumerate(sorted(folder.glob("checkpoint-*"), key=checkpoint_step, reverse=True), start=1):
+        os.utime(checkpoint, (now - 60 * age, now - 60 * age))
+
+
+def _digests(checkpoint: Path) -> dict[str, str]:
+    """SHA-256 of each file but the seal, by its path in the checkpoint."""
+    found = {}
+    for path in sorted(checkpoint.rglob("*")):
+        if path.is_file() and path.name != SEAL:
+            with path.open("rb") as file:
+                found[path.relative_to(checkpoint).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
+
+
 def last_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that was written to its end; a half-written one is passed over."""
+    """The newest checkpoint that was written to its end and is still as it was; any other is passed over."""
     found = sorted(folder.glob("checkpoint-*"), key=checkpoint_step, reverse=True)
-    return next((path for path in found if _is_whole(path)), None)
+    return next((path for path in found if _is_whole(path) and _is_as_sealed(path)), None)
+
+
+def _is_as_sealed(checkpoint: Path) -> bool:
+    """Whether every file still has its hash; True without a seal, as of a process killed just before it, or an older version."""
+    try:
+        sealed = read_json(checkpoint / SEAL) if (checkpoint / SEAL).is_file() else None
+    except DataError:
+        sealed = {SEAL: ""}
+    if sealed is None:
+        return True
+    found = _digests(checkpoint)
+    damaged = [name for name, digest in sealed.items() if found.get(name) != digest] if isinstance(sealed, dict) else [SEAL]
+    if damaged:
+        logger.warning(
+            "%s: passed over, %s is damaged; an earlier checkpoint is gone on from", checkpoint, ", ".join(damaged[:3])
+        )
+    return not damaged
 
 
 def checkpoint_step(checkpoint: Path) -> int:
@@ -250,7 +312,9 @@ def train(trainer: Trainer, out: Path, *, by_step: tuple[str, ...] = ()) -> dict
         cut_rows(out / LOG, keep=lambda row: row["step"] <= done)
         for name in by_step:
             cut_rows(out / name, keep=lambda row: row["step"] < done)
+        date_by_step(out)
     trainer.add_callback(LogRows(out / LOG))
+    trainer.add_callback(Seal(trainer.accelerator.wait_for_everyone))
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(ProgressBar(out.name))
@@ -264,6 +328,10 @@ def train(trainer: Trainer, out: Path, *, by_step: tuple[str, ...] = ()) -> dict
     if trainer.is_fsdp_enabled:
         # Whatever checkpoints are: what was learnt is not left in pieces.
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-    trainer.save_model(str(out / (ADAPTER if isinstance(trainer.model, PeftModel) else MODEL)))
+    learnt = out / (ADAPTER if isinstance(trainer.model, PeftModel) else MODEL)
+    trainer.save_model(str(learnt))
+    if trainer.is_world_process_zero():
+        # A pickle that nobody reads: what is kept of a training is safetensors and JSON.
+        (learnt / "training_args.bin").unlink(missing_ok=True)
     history = [row for row in read_rows(out / LOG) if "loss" in row] if (out / LOG).exists() else []
     return {"steps": total, "loss": history[-1]["loss"] if history else None}

@@ -12,12 +12,13 @@ import platform
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib import metadata, resources
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from polyground import __version__, charts
@@ -162,6 +163,21 @@ def gather(recipe: Recipe) -> Page:
 
 def render(page: Page) -> str:
     """The page as HTML. Only the stylesheet, the script and the charts are taken as markup; every other value is escaped."""
+    folder = resources.files("polyground") / "report_template"
+    script = (folder / "report.js").read_text(encoding="utf-8")
+    # The policy names the one script that may run, so that markup slipped into the page by any text stays dead.
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return _template().render(
+        page=page,
+        label=LABELS,
+        css=Markup((folder / "report.css").read_text(encoding="utf-8")),  # noqa: S704 - our own file
+        script=Markup(script),  # noqa: S704 - our own file
+        script_hash=f"sha256-{digest}",
+    )
+
+
+@cache
+def _template() -> Template:
     environment = Environment(
         loader=PackageLoader("polyground", "report_template"),
         autoescape=True,
@@ -169,17 +185,7 @@ def render(page: Page) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    folder = resources.files("polyground") / "report_template"
-    script = (folder / "report.js").read_text(encoding="utf-8")
-    # The policy names the one script that may run, so that markup slipped into the page by any text stays dead.
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return environment.get_template("report.html.j2").render(
-        page=page,
-        label=LABELS,
-        css=Markup((folder / "report.css").read_text(encoding="utf-8")),  # noqa: S704 - our own file
-        script=Markup(script),  # noqa: S704 - our own file
-        script_hash=f"sha256-{digest}",
-    )
+    return environment.get_template("report.html.j2")
 
 
 def write_picture(recipe: Recipe, out: Path) -> Path:

@@ -19,6 +19,7 @@ from rich.console import Console
 
 import polyground
 from polyground.config import Recipe, dump_recipe
+from polyground.errors import visible
 from polyground.stages import ROLES, aligned, model_identity
 from polyground.stages.results.study import Arm, Study, recipe_of
 from polyground.storage import MANIFEST, atomic_write_json, atomic_write_text, read_json, read_manifest, read_rows
@@ -106,7 +107,9 @@ def run_all(runs: Sequence[Run], *, launch: Launch, after: Callable[[], object])
     failed = []
     for number, run in enumerate(runs, start=1):
         finished = run.finished
-        console.print(f"{number}/{len(runs)} {run.name}: {'finished before' if finished else run.folder}", highlight=False)
+        console.print(
+            f"{number}/{len(runs)} {run.name}: {'finished before' if finished else run.folder}", highlight=False, markup=False
+        )
         if finished:
             continue
         code = _run(run, launch)
@@ -116,9 +119,9 @@ def run_all(runs: Sequence[Run], *, launch: Launch, after: Callable[[], object])
             failed.append(
                 f"{run.name}: ended with code {code} ({last_words(run.folder / LOG)}); all it said is in {run.folder / LOG}"
             )
-            console.print(failed[-1], highlight=False, style="red")
+            console.print(visible(failed[-1]), highlight=False, style="red", markup=False)
             continue
-        console.print(f"{run.name}: {run.hours:.2f} hours", highlight=False)
+        console.print(f"{run.name}: {run.hours:.2f} hours", highlight=False, markup=False)
         after()
     return failed
 
