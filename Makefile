@@ -7,7 +7,7 @@ PIP_FLAGS ?=
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo results ablations test check format docs clean
+.PHONY: help install demo results ablations test check audit reliability fuzz format docs clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -38,12 +38,25 @@ check: $(INSTALLED) ## lint, formatting and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+audit: $(INSTALLED) ## look the installed packages up among known vulnerabilities; says so where that cannot be asked
+	$(BIN)/python scripts/audit_dependencies.py
+
+reliability: $(INSTALLED) ## kill, fill the disk, cut, corrupt, double, lose the server; into docs/reliability.json
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/reliability.py
+
+SECONDS_MORE ?= 600
+
+fuzz: $(INSTALLED) ## fuzz what reads hostile input for SECONDS_MORE seconds more; into fuzz/results.json
+	$(BIN)/python -m pip install -q $(PIP_FLAGS) -c constraints.txt atheris
+	$(BIN)/python fuzz/fuzz.py --seconds $(SECONDS_MORE)
+
 format: $(INSTALLED) ## format and apply safe lint fixes
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: $(INSTALLED) ## write docs/reference.md from the recipe's own definitions
+docs: $(INSTALLED) ## write docs/reference.md from the recipe's own definitions, and the tables of docs/reliability.md
 	$(BIN)/python scripts/write_reference.py docs/reference.md
+	$(BIN)/python scripts/write_reliability.py
 
 clean: ## remove caches and build output; .venv and runs stay
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -27,6 +27,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -138,9 +139,10 @@ def wait(process: int, log: Path, *, kill_after: float | None = None) -> Ended:
 
 
 def busy_seconds(process: int) -> float:
-    """What a process has had of a core. Other work on the machine does not lengthen it; the kernel counts it to the nanosecond."""
+    """What a process has had of a core, to the nanosecond: other work on the machine does not lengthen it."""
+    threads = Path(f"/proc/{process}/task").glob("*/schedstat")
     try:
-        return int(Path(f"/proc/{process}/schedstat").read_text().split()[0]) / 1e9
+        return sum(int(thread.read_text().split()[0]) for thread in threads) / 1e9
     except (OSError, IndexError):
         return 0.0
 
@@ -183,8 +185,8 @@ class FileOperations:
 # ---------------------------------------------------------------- what must be equal
 
 
-_TIMES = {"seconds", "finished", "files", "peak_bytes"}
-"""Keys that say when and how long; `files` holds lengths of files that hold those."""
+_TIMES = {"seconds", "finished", "files", "peak_bytes", "tries", "failed_tries", "reused", "prefix_attention"}
+"""Keys that say when, how long, by how many tries, and how long the first row of the last attempt was."""
 _IGNORED = ("times.json", "state.json", ".lock", "README.md", "events.out")
 
 
@@ -193,9 +195,20 @@ def differences(calm: Path, found: Path) -> list[str]:
     ours, theirs = (dict(_results(folder)) for folder in (calm, found))
     told = [f"only in one: {name}" for name in sorted(ours.keys() ^ theirs.keys())]
     for name in sorted(ours.keys() & theirs.keys()):
-        if _content(ours[name]) != _content(theirs[name]):
-            told.append(f"differs: {name}")
+        one, other = _content(ours[name]), _content_or_none(theirs[name])
+        if one != other:
+            keys = sorted(_differing(one, other))[:3] if isinstance(one, dict) else []
+            told.append(f"differs: {name}" + (f" ({', '.join(keys)})" if keys else ""))
     return told
+
+
+def _differing(one: Any, other: Any, prefix: str = "") -> Iterator[str]:
+    """Dotted names of the values that differ."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        for key in one.keys() | other.keys():
+            yield from _differing(one.get(key), other.get(key), f"{prefix}{key}.")
+    elif one != other:
+        yield f"{prefix[:-1]} = {one!r:.60} and {other!r:.60}"
 
 
 def _results(folder: Path) -> Iterator[tuple[str, Path]]:
@@ -476,8 +489,10 @@ class Harness:
                 elif ended.code == 0:
                     told = differences(whole, self.run)
                     made_again = path.is_file() and _content_or_none(path) == _content_or_none(whole / name)
-                    row.notes["made again" if made_again else "not needed any more"] += not told or told == [f"differs: {name}"]
-                    self.judge(row, 1, [] if told in ([], [f"differs: {name}"]) else [f"{name}: {told[:3]}"])
+                    row.notes["made again" if made_again else "not needed any more"] += 1
+                    self.judge(
+                        row, 1, [] if all(line.startswith(f"differs: {name}") for line in told) else [f"{name}: {told[:3]}"]
+                    )
                 else:
                     self.judge(row, 1, [f"{name}: {ended.said[-500:]}"])
             say(f"{row.fault}: {row.survived} of {row.injected} {dict(row.notes)}")
@@ -846,8 +861,11 @@ def load_libraries(harness: Harness) -> None:
     importlib.import_module("polyground.sampling.endpoint")
     importlib.import_module("openai.resources.chat.completions")
     warm = harness.work / "warm"
-    if polyground(harness.words("run", f"--out={warm}", "--sft.max_steps=1", "--grpo.max_steps=1", "--world.ood=0")) != 0:
-        raise SystemExit("the toy run fails by itself")
+    words = harness.words("run", f"--out={warm}", "--sft.max_steps=1", "--grpo.max_steps=1", "--world.ood=0")
+    with harness.log.open("w") as log, redirect_stdout(log), redirect_stderr(log):
+        code = polyground(words)
+    if code != 0:
+        raise SystemExit(f"the toy run fails by itself: {harness.log.read_text()[-2000:]}")
     shutil.rmtree(warm)
     gc.collect()
     gc.freeze()  # what a fork does not touch, it does not copy

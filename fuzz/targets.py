@@ -46,13 +46,11 @@ from polyground.sources.reading import require_none_bad
 from polyground.stages import report
 from polyground.stages.report.pictures import shown_question
 
-SCRATCH = Path("/dev/shm") if Path("/dev/shm").is_dir() else Path(tempfile.gettempdir())
-
 
 @cache
 def scratch(name: str) -> Path:
-    """A folder of this process, in memory where there is such a place; gone when the process ends in peace."""
-    return Path(tempfile.mkdtemp(prefix=f"polyground-fuzz-{name}-", dir=SCRATCH))
+    """A folder of this process; `clear_scratch` removes it."""
+    return Path(tempfile.mkdtemp(prefix=f"polyground-fuzz-{name}-"))
 
 
 def clear_scratch() -> None:

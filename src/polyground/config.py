@@ -596,6 +596,11 @@ def dump_recipe(recipe: Recipe) -> str:
     return yaml.dump(recipe.to_json(), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
+def show_recipe(recipe: Recipe) -> str:
+    """As `dump_recipe`, to be shown to others: addresses without user, password and query, where keys may stand."""
+    return re.sub(r"(https?://)(?:[^/\s'\"@]*@)?([^\s'\"?]*)(?:\?[^\s'\"]*)?", r"\1\2", dump_recipe(recipe))
+
+
 class _Loader(yaml.SafeLoader):
     """Safe YAML that reads `1e-4` as a number and refuses a key that stands twice."""
 

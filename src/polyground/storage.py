@@ -340,6 +340,11 @@ class RunFolder:
         """Keep other processes out until `close`, `finish` or the end of this process. Raises StorageError if one is in."""
         if self._writes:
             _take_lock(self.path / LOCK, self.stage)
+            # Drafts of processes that were killed; whoever may write here holds the lock.
+            for draft in self.path.glob(".*.tmp"):
+                if not draft.name.endswith(f".{os.getpid()}.tmp"):
+                    with suppress(OSError):
+                        draft.unlink()
 
     def close(self) -> None:
         """Close the files and let other processes in; the folder can be opened again."""

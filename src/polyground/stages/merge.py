@@ -19,6 +19,7 @@ from torch import Tensor
 from polyground.config import Recipe
 from polyground.errors import ModelError, StorageError
 from polyground.models import Loaded, load_model, model_folder, save_processor_files
+from polyground.models.saving import saving
 from polyground.records import Message
 from polyground.stages import adopt, model_identity, model_path, require, start_folders, upstream
 from polyground.storage import MANIFEST, RunFolder, sole
@@ -75,12 +76,14 @@ def merge_adapter(
     partial = out.with_name(out.name + ".partial")
     if partial.exists():
         shutil.rmtree(partial)
-    partial.mkdir(parents=True)
+    with saving(partial):
+        partial.mkdir(parents=True)
 
     loaded = load_model(base_path, dtype=dtype, adapter=adapter)
     expected = _logprobs(loaded)
-    loaded.model.merge_and_unload(safe_merge=True).save_pretrained(partial, safe_serialization=True)
-    save_processor_files(base_path, partial)
+    with saving(partial):
+        loaded.model.merge_and_unload(safe_merge=True).save_pretrained(partial, safe_serialization=True)
+        save_processor_files(base_path, partial)
     del loaded
 
     difference = float((_logprobs(load_model(partial, dtype=dtype)) - expected).abs().max())
@@ -91,8 +94,9 @@ def merge_adapter(
             "merge in float32 or raise the tolerance"
         )
     summary = {**origin, "tolerance": tolerance, "max_logprob_difference": difference}
-    (partial / ORIGIN).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    partial.rename(out)
+    with saving(partial):
+        (partial / ORIGIN).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        partial.rename(out)
     return summary
 
 
@@ -104,11 +108,12 @@ def copy_model(base_path: str | Path, trained: Path, out: Path) -> dict[str, Any
     partial = out.with_name(out.name + ".partial")
     if partial.exists():
         shutil.rmtree(partial)
-    shutil.copytree(trained, partial, ignore=shutil.ignore_patterns("*.bin"))
-    save_processor_files(base_path, partial)
-    load_model(partial)  # refuses what cannot be used
-    (partial / ORIGIN).write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
-    partial.rename(out)
+    with saving(partial):
+        shutil.copytree(trained, partial, ignore=shutil.ignore_patterns("*.bin"))
+        save_processor_files(base_path, partial)
+        load_model(partial)  # refuses what cannot be used
+        (partial / ORIGIN).write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
+        partial.rename(out)
     return origin
 
 

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from polyground.config import GrpoConfig, Recipe, SftConfig, dump_recipe
+from polyground.config import GrpoConfig, Recipe, SftConfig, show_recipe
 from polyground.conventions import Convention, load_convention, model_folder
 from polyground.errors import DataError, StorageError, visible
 from polyground.imagefile import image_size
@@ -166,7 +166,7 @@ LOOKED_AT = 100
 def plan(recipe: Recipe, verb: str) -> str:
     """What a verb would do and need, as text. Only manifests, annotation, and the headers of images and weights are read."""
     parts: dict[str, Iterable[str]] = {
-        f"{verb}, resolved recipe": [dump_recipe(recipe).rstrip()],
+        f"{verb}, resolved recipe": [show_recipe(recipe).rstrip()],
         "inputs": _inputs(recipe, verb),
         "outputs": _outputs(recipe, verb),
         "work on one device (steps and rollouts are shared out where there are more)": _work(recipe, verb),

@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -30,6 +31,7 @@ from polyground.config import TrainingConfig
 from polyground.errors import ConfigError, DataError, PolygroundError, StorageError
 from polyground.models import Family
 from polyground.models.lora import compute_in_one_piece
+from polyground.models.saving import saving
 from polyground.models.shared_prefix import SHARED_PREFIX
 from polyground.storage import RowWriter, atomic_write_json, atomic_write_text, read_json, read_rows
 
@@ -250,9 +252,7 @@ def _is_as_sealed(checkpoint: Path) -> bool:
     found = _digests(checkpoint)
     damaged = [name for name, digest in sealed.items() if found.get(name) != digest] if isinstance(sealed, dict) else [SEAL]
     if damaged:
-        logger.warning(
-            "%s: passed over, %s is damaged; an earlier checkpoint is gone on from", checkpoint, ", ".join(damaged[:3])
-        )
+        logger.warning("%s: passed over, %s is damaged; it is made again from the one before", checkpoint, ", ".join(damaged[:3]))
     return not damaged
 
 
@@ -312,6 +312,10 @@ def train(trainer: Trainer, out: Path, *, by_step: tuple[str, ...] = ()) -> dict
         cut_rows(out / LOG, keep=lambda row: row["step"] <= done)
         for name in by_step:
             cut_rows(out / name, keep=lambda row: row["step"] < done)
+        for stale in out.glob("checkpoint-*"):
+            # Damaged or half-written: its steps are done again, and written over it file by file it would be neither.
+            if checkpoint_step(stale) > done:
+                shutil.rmtree(stale)
         date_by_step(out)
     trainer.add_callback(LogRows(out / LOG))
     trainer.add_callback(Seal(trainer.accelerator.wait_for_everyone))
@@ -323,13 +327,17 @@ def train(trainer: Trainer, out: Path, *, by_step: tuple[str, ...] = ()) -> dict
         trainer._load_from_checkpoint(str(checkpoint))
     else:
         if checkpoint:
-            logger.warning("%s: resuming after step %d of %d", out, done, total)
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            passes = read_json(checkpoint / "trainer_state.json").get("epoch") or 0.5
+            where = f", which ended pass {passes:.0f} over the data" if abs(passes - round(passes)) < 1e-6 else ""
+            logger.warning("%s: resuming after step %d of %d%s", out, done, total, where)
+        with saving(out):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.is_fsdp_enabled:
         # Whatever checkpoints are: what was learnt is not left in pieces.
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     learnt = out / (ADAPTER if isinstance(trainer.model, PeftModel) else MODEL)
-    trainer.save_model(str(learnt))
+    with saving(learnt):
+        trainer.save_model(str(learnt))
     if trainer.is_world_process_zero():
         # A pickle that nobody reads: what is kept of a training is safetensors and JSON.
         (learnt / "training_args.bin").unlink(missing_ok=True)

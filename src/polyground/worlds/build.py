@@ -133,7 +133,9 @@ def _complete(folder: Path, plan: SplitPlan, *, size: int, seed: int) -> bool:
             f"{folder}: holds {found}, but {size} of seed {seed} in version {WORLD_VERSION} are asked for; "
             "delete the folder or choose another"
         )
-    return True
+    # A file that lost its end since is made again: the same seed gives the same rows.
+    lengths: dict[str, int] = about.get("bytes", {})
+    return all((folder / name).is_file() and (folder / name).stat().st_size == length for name, length in lengths.items())
 
 
 def _write_split(
@@ -169,16 +171,16 @@ def _write_split(
         raise StorageError(
             f"{folder}: cannot be written ({error}); free space or choose another folder, then run again"
         ) from error
-    if scenes:
-        atomic_write_text(folder / SCENES, "".join(json.dumps(row) + "\n" for row in scenes))
-    atomic_write_json(
-        folder / _ABOUT, {"split": split, "source": plan.source, "questions": size, "seed": seed, "version": WORLD_VERSION}
-    )
     annotation = folder / ANNOTATIONS[plan.source]
+    texts = {SCENES: "".join(json.dumps(row) + "\n" for row in scenes)} if scenes else {}
     if annotation.suffix == ".jsonl":
-        atomic_write_text(annotation, "".join(json.dumps(row) + "\n" for row in rows))
+        texts[annotation.name] = "".join(json.dumps(row) + "\n" for row in rows)
     else:
-        atomic_write_text(annotation, "[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
+        texts[annotation.name] = "[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n"
+    about = {"split": split, "source": plan.source, "questions": size, "seed": seed, "version": WORLD_VERSION}
+    atomic_write_json(folder / _ABOUT, {**about, "bytes": {name: len(text.encode()) for name, text in texts.items()}})
+    for name, text in texts.items():
+        atomic_write_text(folder / name, text)
 
 
 def _fresh_question(seed: str, task: str, plan: SplitPlan, seen: set[str]) -> tuple[Question | ChoiceQuestion, list[bytes]]:

@@ -22,7 +22,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from polyground import __version__, charts
-from polyground.config import Recipe, dump_recipe
+from polyground.config import Recipe, show_recipe
 from polyground.errors import DataError
 from polyground.metrics import Estimate
 from polyground.records import Example, Rollout
@@ -156,7 +156,7 @@ def gather(recipe: Recipe) -> Page:
         gallery_outcomes=list(dict.fromkeys(sample.outcome for sample in gallery)),
         timing=_timing(recipe),
         versions=_versions(recipe),
-        recipe=dump_recipe(recipe),
+        recipe=show_recipe(recipe),
         version=__version__,
     )
 
