@@ -69,6 +69,8 @@ def test_a_training_goes_on_from_before_the_damage_and_ends_alike(
 ) -> None:
     out = interrupted(trained, tmp_path / "run", after=3)
     (out / "checkpoint-3" / "optimizer.pt").write_bytes(b"")
+    # Read again by peft when it writes this checkpoint anew, unless the damaged one is gone.
+    (out / "checkpoint-3" / "README.md").write_bytes(b"\xff\xfe\xff")
     learn(toy_folder, examples, out, **SOME)
     assert "resuming after step 2 of 4, which ended pass 1 over the data" in caplog.text
     ours, theirs = adapter(out), adapter(trained)

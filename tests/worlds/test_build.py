@@ -138,3 +138,13 @@ def test_perception_sets_have_the_public_layouts(world: dict[str, Path]) -> None
     assert blink["answer"] in {"(A)", "(B)", "(C)", "(D)"}
     [mmiu, *_] = json.loads(world["perception_mmiu"].read_text())
     assert set(mmiu) == {"task", "options", "question", "context", "input_image_path", "output"}
+
+
+@pytest.mark.parametrize("name", ["scenes.jsonl", "MIG_data.json"])
+def test_a_file_that_lost_its_end_is_made_again(tmp_path: Path, name: str) -> None:
+    sizes = Sizes(train=4, rl=0, test=0, ood=0, perception=0)
+    path = build_world(sizes, tmp_path)["train"].with_name(name)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) - 20])
+    build_world(sizes, tmp_path)
+    assert path.read_bytes() == whole

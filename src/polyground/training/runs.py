@@ -304,6 +304,7 @@ def train(trainer: Trainer, out: Path, *, by_step: tuple[str, ...] = ()) -> dict
     `by_step` names further files of rows that carry the step (0-based) they were made in. Returns steps and loss.
     """
     checkpoint = last_checkpoint(out)
+    trainer.accelerator.wait_for_everyone()  # what is removed below, others may be reading
     done = checkpoint_step(checkpoint) if checkpoint else 0
     total = trainer.args.max_steps
     if done > total:
