@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import fuzz
@@ -78,8 +79,11 @@ def test_a_process_is_killed_before_the_file_operation_of_that_number(tmp_path: 
 
 def test_every_fault_of_the_list_is_injected_somewhere() -> None:
     told = json.loads((PAGE.parent / "reliability.json").read_text(encoding="utf-8"))
-    assert all(row["injected"] > 0 for row in told["faults"] if row["fault"] != "SIGKILL at a random moment")
-    assert sum(row["injected"] for row in told["faults"]) > 50
+    injected = Counter[str]()
+    for row in told["faults"]:
+        injected[row["fault"]] += row["injected"]
+    assert len(injected) >= 8
+    assert min(injected.values()) > 0
 
 
 def test_the_page_shows_the_figures_that_were_measured() -> None:

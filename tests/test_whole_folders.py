@@ -78,8 +78,9 @@ def test_a_folder_written_aside_is_written_by_one_process_at_a_time(tmp_path: Pa
 
 
 def test_drafts_of_killed_processes_are_cleared_away(tmp_path: Path) -> None:
-    (tmp_path / "reject").mkdir()
-    (tmp_path / "reject" / ".state.json.999999999.tmp").write_text('{"sta', encoding="utf-8")
-    with RunFolder(tmp_path / "reject", "reject", {"seed": 1}) as folder:
-        folder.finish({})
-    assert sorted(path.name for path in (tmp_path / "reject").iterdir()) == [".lock", "manifest.json", "state.json"]
+    (tmp_path / "reject" / "deep").mkdir(parents=True)
+    for folder in (tmp_path / "reject", tmp_path / "reject" / "deep"):
+        (folder / ".state.json.999999999.tmp").write_text('{"sta', encoding="utf-8")
+    with RunFolder(tmp_path / "reject", "reject", {"seed": 1}) as run:
+        run.finish({})
+    assert sorted(path.name for path in (tmp_path / "reject").rglob("*")) == [".lock", "deep", "manifest.json", "state.json"]

@@ -341,7 +341,7 @@ class RunFolder:
         if self._writes:
             _take_lock(self.path / LOCK, self.stage)
             # Drafts of processes that were killed; whoever may write here holds the lock.
-            for draft in self.path.glob(".*.tmp"):
+            for draft in self.path.rglob(".*.tmp"):
                 if not draft.name.endswith(f".{os.getpid()}.tmp"):
                     with suppress(OSError):
                         draft.unlink()

@@ -43,7 +43,20 @@ def interrupted(trained: Path, out: Path, *, after: int) -> Path:
 def test_a_checkpoint_says_what_its_files_hash_to(trained: Path) -> None:
     sealed = read_json(trained / "checkpoint-2" / SEAL)
     files = {path.name for path in (trained / "checkpoint-2").iterdir()} - {SEAL}
-    assert set(sealed) == files >= {"adapter_model.safetensors", "optimizer.pt", "trainer_state.json"}
+    assert set(sealed) == files | {"../log.jsonl"}
+    assert files >= {"adapter_model.safetensors", "optimizer.pt", "trainer_state.json"}
+
+
+def test_a_checkpoint_whose_rows_were_lost_is_passed_over(
+    trained: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = interrupted(trained, tmp_path / "run", after=3)
+    lines = (out / "log.jsonl").read_bytes().splitlines(keepends=True)
+    (out / "log.jsonl").write_bytes(b"".join(lines[:3]))
+    assert last_checkpoint(out) == out / "checkpoint-3"
+    (out / "log.jsonl").write_bytes(b"".join(lines[:2]) + lines[2][:10])
+    assert last_checkpoint(out) == out / "checkpoint-2"
+    assert "../log.jsonl is damaged" in caplog.text
 
 
 def test_what_is_kept_of_a_training_is_safetensors_and_json(trained: Path) -> None:

@@ -38,7 +38,7 @@ from polyground.storage import RowWriter, atomic_write_json, atomic_write_text, 
 logger = logging.getLogger("polyground")
 
 SEAL = "whole.json"
-"""In a checkpoint: SHA-256 of each of its files."""
+"""In a checkpoint: SHA-256 of each of its files, and how long the rows of its steps are."""
 
 LOG = "log.jsonl"
 """One row per log line of the trainer: `step` and what was measured since the one before."""
@@ -201,8 +201,9 @@ def raising(batches: Iterator[Any]) -> Iterator[Any]:
 class Seal(TrainerCallback):
     """Writes into every checkpoint, last of all, what its files hash to; and keeps the clock out of which one is the oldest."""
 
-    def __init__(self, wait: Callable[[], None]) -> None:
+    def __init__(self, wait: Callable[[], None], rows: Sequence[str]) -> None:
         self._wait = wait
+        self._rows = rows
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if control.should_save and state.is_world_process_zero:
@@ -212,7 +213,10 @@ class Seal(TrainerCallback):
         self._wait()  # other processes write files of their own
         checkpoint = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
         if state.is_world_process_zero and checkpoint.is_dir():
-            atomic_write_json(checkpoint / SEAL, _digests(checkpoint))
+            # The rows of its steps are not made again: a file that lost some of them fits an earlier checkpoint only.
+            files = {f"../{name}": checkpoint.parent / name for name in self._rows}
+            lengths = {name: f"{path.stat().st_size} bytes" for name, path in files.items() if path.is_file()}
+            atomic_write_json(checkpoint / SEAL, {**_digests(checkpoint), **lengths})
 
 
 def date_by_step(folder: Path) -> None:
@@ -249,11 +253,20 @@ def _is_as_sealed(checkpoint: Path) -> bool:
         sealed = {SEAL: ""}
     if sealed is None:
         return True
+    sealed = sealed if isinstance(sealed, dict) else {SEAL: ""}
     found = _digests(checkpoint)
-    damaged = [name for name, digest in sealed.items() if found.get(name) != digest] if isinstance(sealed, dict) else [SEAL]
+    damaged = [name for name, told in sealed.items() if not _fits(checkpoint, name, str(told), found)]
     if damaged:
         logger.warning("%s: passed over, %s is damaged; it is made again from the one before", checkpoint, ", ".join(damaged[:3]))
     return not damaged
+
+
+def _fits(checkpoint: Path, name: str, told: str, digests: Mapping[str, str]) -> bool:
+    """Whether a file has its hash; a file of rows beside the checkpoint has grown since, and must only not be shorter."""
+    if not name.startswith("../"):
+        return digests.get(name) == told
+    rows, length = checkpoint.parent / name.removeprefix("../"), told.partition(" ")[0]
+    return rows.is_file() and length.isdigit() and rows.stat().st_size >= int(length)
 
 
 def checkpoint_step(checkpoint: Path) -> int:
@@ -319,7 +332,7 @@ def train(trainer: Trainer, out: Path, *, by_step: tuple[str, ...] = ()) -> dict
                 shutil.rmtree(stale)
         date_by_step(out)
     trainer.add_callback(LogRows(out / LOG))
-    trainer.add_callback(Seal(trainer.accelerator.wait_for_everyone))
+    trainer.add_callback(Seal(trainer.accelerator.wait_for_everyone, (LOG, *by_step)))
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(ProgressBar(out.name))
