@@ -19,9 +19,8 @@ def main() -> None:
     faults = json.loads((ROOT / "docs" / "reliability.json").read_text(encoding="utf-8"))
     text = page.read_text(encoding="utf-8")
     for name, table in (("faults", reliability.table(faults)), ("fuzzing", fuzz.table(fuzz.read_results(fuzz.RESULTS)))):
-        text = re.sub(
-            rf"(<!-- {name} -->\n).*?(\n<!-- end -->)", lambda found, t=table: found[1] + t + found[2], text, flags=re.DOTALL
-        )
+        pattern = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
+        text = re.sub(pattern, lambda found, shown=table: f"{found[1]}{shown}\n{found[2]}", text, flags=re.DOTALL)
     page.write_text(text, encoding="utf-8")
 
 
