@@ -163,7 +163,7 @@ def read(model: Qwen3VLForConditionalGeneration, merged: Tensor, deep: list[Tens
 class Optimisers:
     """Muon for the weight matrices inside the blocks, AdamW for embeddings, norms, biases and heads."""
 
-    def __init__(self, model: nn.Module, head: nn.Module, box_head: nn.Module, *, kind: str, tower_share: float) -> None:
+    def __init__(self, model: nn.Module, head: nn.Module, box_head: nn.Module, *, kind: str) -> None:
         groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
         for name, parameter in model.named_parameters():
             # The mergers are the largest matrices and few: orthogonalising them costs more than it gains.
@@ -174,17 +174,19 @@ class Optimisers:
         groups[(False, True)].extend(head.parameters())
         groups[(False, False)].extend(box_head.parameters())
 
-        def shared(inner: bool) -> list[dict[str, Any]]:
-            return [{"params": found, "share": tower_share if t else 1.0} for (i, t), found in groups.items() if i == inner]
+        def chosen(inner: bool) -> list[dict[str, Any]]:
+            return [{"params": found} for (i, _), found in groups.items() if i == inner]
 
-        self.each: list[torch.optim.Optimizer] = [torch.optim.AdamW(shared(False), betas=(0.9, 0.98), weight_decay=0.01)]
+        self.each: list[torch.optim.Optimizer] = [torch.optim.AdamW(chosen(False), betas=(0.9, 0.98), weight_decay=0.01)]
         if kind == "muon":
-            self.each.append(torch.optim.Muon(shared(True), weight_decay=0.01, adjust_lr_fn="match_rms_adamw"))
+            self.each.append(torch.optim.Muon(chosen(True), weight_decay=0.01, adjust_lr_fn="match_rms_adamw"))
+        self._towers = [[t for (i, t) in groups if i == inner] for inner in (False, True)]
 
-    def step(self, learning_rate: float) -> None:
-        for optimiser in self.each:
-            for group in optimiser.param_groups:
-                group["lr"] = learning_rate * group["share"]
+    def step(self, learning_rate: float, *, tower_share: float) -> None:
+        """One step; the vision tower's and its head's at a share of the learning rate."""
+        for optimiser, towers in zip(self.each, self._towers, strict=False):
+            for group, tower in zip(optimiser.param_groups, towers, strict=True):
+                group["lr"] = learning_rate * (tower_share if tower else 1.0)
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
 
@@ -253,14 +255,14 @@ class Trainer:
         self.head = nn.Linear(self.model.config.text_config.hidden_size, _PER_TOKEN)
         self.box_head = nn.Linear(self.model.config.text_config.hidden_size, 4)
         self.step, self.samples, self.seconds = 0, 0, 0.0
-        self.optimisers = self._fresh_optimisers(1.0)
+        self.optimisers = self._fresh_optimisers()
         self.pool = ThreadPoolExecutor(settings.threads, initializer=lambda: torch.set_num_threads(1))
         self.encoder = Encoder(model_folder / "tokenizer.json")
         self.held_out = HeldOutFinds(self.encoder, count=settings.held_out, seed=settings.seed)
         self.curve: list[dict[str, float]] = []
 
-    def _fresh_optimisers(self, tower_share: float) -> Optimisers:
-        return Optimisers(self.model, self.head, self.box_head, kind=self.settings.optimiser, tower_share=tower_share)
+    def _fresh_optimisers(self) -> Optimisers:
+        return Optimisers(self.model, self.head, self.box_head, kind=self.settings.optimiser)
 
     @property
     def settings(self) -> Any:
@@ -343,12 +345,13 @@ class Trainer:
             first, last = (0, s.vision_steps) if seeing else (s.vision_steps, whole)
             upto = min([last, *(at for at in self.recipe.changes if at > self.step)])
             if self.step == first:
-                self.optimisers = self._fresh_optimisers(1.0 if seeing else s.tower_share)
+                self.optimisers = self._fresh_optimisers()
             dense_sum = loss_sum = count = 0.0
             for step in steps_ahead(self.plan(phase), self.step, upto):
                 dense, loss = self.learn(step, seeing_only=seeing)
                 torch.nn.utils.clip_grad_norm_([p for p in parameters if p.grad is not None], s.max_grad_norm)
-                self.optimisers.step(peak * schedule(self.step - first, last - first, warmup=s.warmup_steps))
+                now_share = schedule(self.step - first, last - first, warmup=s.warmup_steps)
+                self.optimisers.step(peak * now_share, tower_share=1.0 if seeing else s.tower_share)
                 self.step += 1
                 self.samples += step.samples
                 dense_sum, loss_sum, count = dense_sum + dense, loss_sum + loss, count + 1
