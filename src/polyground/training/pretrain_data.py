@@ -150,7 +150,9 @@ class Encoder:
 
         def token(character: int) -> int:
             behind = character >= len(prompt)
-            at: int = encodings[behind].char_to_token(character - len(prompt) * behind)
+            at = encodings[behind].char_to_token(character - len(prompt) * behind)
+            if at is None:
+                raise ValueError(f"no token holds {texts[behind][character - len(prompt) * behind]!r}")
             return at + len(encodings[0].ids) * behind
 
         found = []
@@ -162,7 +164,7 @@ class Encoder:
         for phrase, image, box in sample.named:
             at = whole.index(phrase, at) + len(phrase)
             last = token(at - 1)
-            # The token before a phrase of the completion chooses its first word; words of a question tell too little until its end.
+            # The token before an answer's phrase chooses its first word; in a question only the end of a phrase knows enough.
             first = token(at - len(phrase)) - 1 if at > len(prompt) else last
             found.append(Span(first, last, last, image, (box.x0, box.y0, box.x1, box.y1)))
         return found

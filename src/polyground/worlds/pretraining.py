@@ -93,14 +93,17 @@ def _about_several(rng: Random, scenes: Sequence[Scene]) -> tuple[str, str, Name
     scene, nth = scenes[n - 1], language.ordinal(n)
     match rng.choices(("list", "contents", "which", "find", "name", "one"), (0.26, 0.26, 0.14, 0.2, 0.08, 0.06))[0]:
         case "list":
-            return rng.choice(_LIST_IN).format(n=n, nth=nth), native_list(scene.items, [name(item) for item in scene.items]), (), n
+            listed = native_list(scene.items, [name(item) for item in scene.items])
+            return rng.choice(_LIST_IN).format(n=n, nth=nth), listed, (), n
         case "contents":
             lines = [language.contents(k, [describe(item, s) for item in s.items]) for k, s in enumerate(scenes, start=1)]
-            return rng.choice(_CONTENTS_ALL), " ".join(lines), tuple(named for k, s in enumerate(scenes, start=1) for named in _named(s, k)), n
+            every = tuple(named for k, s in enumerate(scenes, start=1) for named in _named(s, k))
+            return rng.choice(_CONTENTS_ALL), " ".join(lines), every, n
         case "find":
             item = rng.choice(scene.items)
             phrase = describe(item, scene)
-            return rng.choice(_FIND_IN).format(phrase=phrase, n=n, nth=nth), native_list([item], [phrase]), (), n  # the phrase ends before the image is known
+            # The phrase ends before the image is told, so that it means no object yet.
+            return rng.choice(_FIND_IN).format(phrase=phrase, n=n, nth=nth), native_list([item], [phrase]), (), n
         case "name":
             item = rng.choice(scene.items)
             box = json.dumps(list(PER_MILLE.write(item.box)))
