@@ -5,7 +5,7 @@ Who is asked, and what is written where, is the stage's business; sampling and s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
@@ -113,7 +113,7 @@ def attempts_at(
 ) -> list[list[Attempt]]:
     """All attempts at each example: unaided ones, then, as `config.aid` says, those of a teacher shown the annotation."""
 
-    def made(few: Sequence[Example], ask: Ask, *, aided: bool) -> Iterator[list[Attempt]]:
+    def made(few: Sequence[Example], ask: Ask, *, aided: bool) -> list[list[Attempt]]:
         groups = rollout_groups(
             few,
             sampler=teacher.sampler,
@@ -127,8 +127,8 @@ def attempts_at(
         )
         tried = [_tried(group, config, aided=aided) for group in groups]
         if judge is None or config.judge is None:
-            return iter(tried)
-        return iter(_judged(few, tried, judge=judge, config=config.judge, seed=seed))
+            return tried
+        return _judged(few, tried, judge=judge, config=config.judge, seed=seed)
 
     found: dict[str, list[Attempt]] = {example.key: [] for example in examples}
     unaided = [example for example in examples if config.aid != "always" or not can_be_explained(example)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +150,10 @@ class Rollout:
     score: Score
     sample: int = 0
     """Its position in the group."""
+
+    def without_logprobs(self) -> Rollout:
+        """For keeping and telling: they are most of the bytes, and only the training step reads them."""
+        return replace(self, completion=replace(self.completion, logprobs=()))
 
     def to_json(self) -> dict[str, Any]:
         return {

@@ -107,8 +107,7 @@ def wait_for_parts(out: Path, stages: Iterable[str], count: int, *, every: float
     """Return when all parts of these stages are complete. Who launched the processes ends this one when another fails."""
     said = -math.inf
     for stage in stages:
-        missing = [Shard(i, count) for i in range(count)]
-        while missing := [shard for shard in missing if not (part_folder(out, stage, shard) / MANIFEST).is_file()]:
+        while missing := _lacking(out / PARTS / stage, count):
             if time.monotonic() - said > 60:
                 logger.warning("%s: waiting for the parts %s", out / PARTS / stage, ", ".join(map(str, missing)))
                 said = time.monotonic()
@@ -136,10 +135,10 @@ def _complete(folder: RunFolder, parts: Path, stage: str) -> list[Shard]:
     counts = sorted({shard.count for shard in found if shard is not None})
     missing: dict[int, list[Shard]] = {}
     for count in counts:
-        shards = [Shard(i, count) for i in range(count)]
-        missing[count] = [shard for shard in shards if not (parts / shard.name / MANIFEST).is_file()]
+        missing[count] = _lacking(parts, count)
         if missing[count]:
             continue
+        shards = _all_of(count)
         for shard in shards:
             if read_manifest(parts / shard.name).fingerprint != fingerprint(part_identity(folder.config, shard)):
                 raise StorageError(
@@ -154,6 +153,15 @@ def _complete(folder: RunFolder, parts: Path, stage: str) -> list[Shard]:
             f"or delete the folder to do all of {stage} in one process"
         )
     return []
+
+
+def _all_of(count: int) -> list[Shard]:
+    return [Shard(i, count) for i in range(count)]
+
+
+def _lacking(parts: Path, count: int) -> list[Shard]:
+    """The parts, of so many, that are not complete in this folder."""
+    return [shard for shard in _all_of(count) if not (parts / shard.name / MANIFEST).is_file()]
 
 
 def _shard_named(name: str) -> Shard | None:

@@ -59,21 +59,8 @@ def read_json(path: Path | str) -> Any:
 
 def atomic_write_text(path: Path | str, text: str) -> None:
     """Replace a file so that a reader, or a kill at any moment, sees the old text or the new one whole."""
-    path = Path(path)
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with _explained(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with draft.open("w", encoding="utf-8", newline="") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            draft.replace(path)
-        finally:
-            # Gone already when all went well; suppressed so that the first mishap is the one reported.
-            with suppress(OSError):
-                draft.unlink(missing_ok=True)
-        _sync_folder(path.parent)
+    with _replacing(Path(path)) as file:
+        file.write(text.encode())
 
 
 def atomic_write_json(path: Path | str, value: Any) -> None:
@@ -83,18 +70,25 @@ def atomic_write_json(path: Path | str, value: Any) -> None:
 
 def atomic_write_rows(path: Path | str, rows: Iterable[Mapping[str, Any]]) -> None:
     """As `atomic_write_text`, for rows that need not fit into memory."""
-    path = Path(path)
+    with _replacing(Path(path)) as file:
+        for row in rows:
+            file.write(json.dumps(row, default=_jsonable).encode() + b"\n")
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A draft beside the file, which takes its place when the block ends well."""
     draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with _explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with draft.open("wb") as file:
-                for row in rows:
-                    file.write(json.dumps(row, default=_jsonable).encode() + b"\n")
+                yield file
                 file.flush()
                 os.fsync(file.fileno())
             draft.replace(path)
         finally:
+            # Gone already when all went well; suppressed so that the first mishap is the one reported.
             with suppress(OSError):
                 draft.unlink(missing_ok=True)
         _sync_folder(path.parent)
@@ -257,7 +251,7 @@ class RunFolder:
 
     def __init__(self, path: Path | str, stage: str, config: Mapping[str, Any], *, own: bool = False) -> None:
         self.path = Path(path)
-        self._writes = own or os.environ.get("RANK", "0") == "0"
+        self._writes = own or _is_first()
         self.stage = stage
         self.config: dict[str, Any] = json.loads(json.dumps(config, default=_jsonable))
         self._writers: dict[str, RowWriter] = {}
@@ -467,11 +461,16 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def _is_first() -> bool:
+    """Whether this is the first process of a launcher, or one on its own."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 @contextmanager
 def sole(folder: Path | str, stage: str) -> Iterator[None]:
     """Keep other processes from making a folder that is written aside and then renamed. Raises StorageError if one does."""
     lock = Path(folder).with_name(f".{Path(folder).name}{LOCK}")
-    if os.environ.get("RANK", "0") == "0":
+    if _is_first():
         _take_lock(lock, stage)
     try:
         yield

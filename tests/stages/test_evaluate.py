@@ -40,7 +40,7 @@ def test_a_pool_counts_each_of_its_splits_as_one_task(finished: Path) -> None:
 def test_the_tags_say_what_decides_the_numbers(finished: Path) -> None:
     tags = read_json(finished / "evaluate" / "results.json")["tags"]
     assert tags["decoding"] == {"temperature": 0.0, "max_completion_length": 8}
-    assert tags["benchmarks"]["test"]["questions"] == 4
+    assert tags["benchmarks"]["test"]["questions"] == {"test": 4}
     assert {"convention", "prompt_version", "seed", "headline_iou"} <= tags.keys()
 
 

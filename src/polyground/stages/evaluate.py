@@ -173,7 +173,7 @@ def _answer_all(recipe: Recipe, role: str, splits: Mapping[str, Sequence[Example
             )
             for group in track(groups, f"evaluate {role} {name}", total=len(examples), done=len(done)):
                 for rollout in group.rollouts:
-                    folder.append(file, replace(rollout, completion=replace(rollout.completion, logprobs=())).to_json())
+                    folder.append(file, rollout.without_logprobs().to_json())
         told = {} if shard is None else {"shard": str(shard)}
         folder.finish({**told, "answers": {name: len(examples) for name, examples in splits.items()}})
 

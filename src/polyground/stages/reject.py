@@ -9,13 +9,12 @@ from __future__ import annotations
 import json
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from polyground.config import Recipe, RejectConfig
 from polyground.errors import DataError
 from polyground.prompts import PROMPT_VERSION
-from polyground.records import Completion, Example
+from polyground.records import Example
 from polyground.rollout import Group, interleave, rollout_groups
 from polyground.stages import (
     gather_parts,
@@ -95,8 +94,8 @@ def _sample(recipe: Recipe, folder: RunFolder, examples: Sequence[Example]) -> N
 
 
 def group_row(group: Group, *, threshold: float) -> dict[str, Any]:
-    """One line of `rollouts.jsonl`. Log-probabilities are left out: nothing reads them, and they are most of the bytes."""
-    rollouts = [replace(rollout, completion=_slim(rollout.completion)).to_json() for rollout in group.rollouts]
+    """One line of `rollouts.jsonl`, without log-probabilities."""
+    rollouts = [rollout.without_logprobs().to_json() for rollout in group.rollouts]
     return {
         "key": group.example.key,
         "task": group.example.task,
@@ -104,10 +103,6 @@ def group_row(group: Group, *, threshold: float) -> dict[str, Any]:
         "mean_reward": sum(group.totals) / len(group.totals),
         "rollouts": rollouts,
     }
-
-
-def _slim(completion: Completion) -> Completion:
-    return replace(completion, logprobs=())
 
 
 def keep(examples: Sequence[Example], rates: Mapping[str, float], config: RejectConfig) -> list[Example]:

@@ -636,9 +636,7 @@ def grpo_steps(examples: int, config: GrpoConfig, *, per_step: int) -> int:
 
 def _light(group: Group) -> Group:
     """Without log-probabilities, which nothing that is told of a group is made of."""
-    return replace(
-        group, rollouts=tuple(replace(rollout, completion=replace(rollout.completion, logprobs=())) for rollout in group.rollouts)
-    )
+    return replace(group, rollouts=tuple(rollout.without_logprobs() for rollout in group.rollouts))
 
 
 def _slim(rollout: Rollout) -> Rollout:

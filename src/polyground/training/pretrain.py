@@ -311,6 +311,7 @@ class Trainer:
         if seeing_only:
             dense.backward()
             return dense.item(), 0.0
+        s = self.settings
         tokens = sum(int((rows.labels_BT[:, 1:] != IGNORED).sum()) for rows in step.parts)
         boxes = max(1, sum(len(rows.boxes_N4) for rows in step.parts))
         about = max(1, sum(len(rows.at_P) for rows in step.parts))
@@ -323,15 +324,12 @@ class Trainer:
                 loss, _ = text_loss(self.model, hidden, rows)
                 away = box_loss(self.box_head, hidden, rows)
                 astray = self.gaze.loss(rows)
-            s = self.settings
             (loss / tokens + s.box_weight * away / boxes + s.gaze_weight * astray / about).backward()
             return loss.item()
 
         # Longest first. Each thread computes on one core: its small operations leave two of them half idle.
         total = sum(self.pool.map(learn_part, reversed(step.parts)))
-        torch.autograd.backward(
-            [self.settings.dense_weight * dense, merged, *deep], [torch.ones(()), *(leaf.grad for leaf in leaves)]
-        )
+        torch.autograd.backward([s.dense_weight * dense, merged, *deep], [torch.ones(()), *(leaf.grad for leaf in leaves)])
         return dense.item(), total / tokens
 
     def run(self, report: Any = None) -> None:
