@@ -11,7 +11,7 @@ from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic.fields import FieldInfo
 
 from polyground.cli import STAGES
-from polyground.config import DataSource, EndpointConfig, JudgeConfig, Recipe, RewardConfig, Section
+from polyground.config import DataSource, EndpointConfig, JudgeConfig, Recipe, RewardConfig, Section, ServedConfig, VllmConfig
 from polyground.storage import atomic_write_text
 
 HEAD = """# Reference
@@ -33,8 +33,10 @@ def reference() -> str:
             section: type[Section] = field.annotation  # type: ignore[assignment]
             parts += [f"\n## `{name}`\n", f"{_doc(section)}\n", _keys(section, list(section.model_fields))]
     for title, section in (
-        ("`endpoint` in `synthesize`", EndpointConfig),
+        ("`endpoint` in `synthesize` and `servers`", EndpointConfig),
         ("`judge` in `synthesize`", JudgeConfig),
+        ("`base`, `sft` and `rl` in `servers`", ServedConfig),
+        ("`vllm` in `servers`", VllmConfig),
         ("An entry of `rewards`", RewardConfig),
         ("An entry of a split in `data`", DataSource),
     ):

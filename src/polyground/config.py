@@ -199,10 +199,78 @@ class JudgeConfig(Section):
         return self
 
 
+Sampling = Literal["local", "vllm", "endpoint"]
+"""Who draws completions: a model in this process, a vLLM server that the stage starts, or servers that are there already."""
+
+
+class ServedConfig(Section):
+    """Where a model of the figure is served."""
+
+    base_url: str | list[str] = Field(min_length=1)
+    """Address of the server, ending in /v1; a list of them shares the work."""
+    model: str = Field(min_length=1)
+    """Name of the model on that server."""
+    api_key_env: str | None = None
+    """Name of the environment variable that holds the key; the key itself is never written anywhere."""
+
+    @field_validator("api_key_env")
+    @classmethod
+    def _is_a_variable_name(cls, value: str | None) -> str | None:
+        return _variable_name(value)
+
+
+class VllmConfig(Section):
+    """A vLLM server of its own for each model a stage samples, on loopback, stopped when the stage ends."""
+
+    python: Path | None = None
+    """Interpreter of the environment that vLLM is installed in; null for the one that runs this program."""
+    options: dict[str, Any] = {}
+    """Arguments of vLLM's server, such as `{max_model_len: 8192, tensor_parallel_size: 2}`; they come after the stage's own."""
+    environment: dict[str, str] = {}
+    """Environment variables of that server, such as `{CUDA_VISIBLE_DEVICES: "1"}`."""
+    start_timeout: float = Field(default=900.0, gt=0)
+    """Seconds it may take to load the model."""
+
+    @field_validator("options")
+    @classmethod
+    def _leaves_alone_what_is_set(cls, value: dict[str, Any]) -> dict[str, Any]:
+        set_by_stage = {"model", "served_model_name", "host", "port", "enable_lora", "logprobs_mode"}
+        if taken := sorted(name for name in value if name.strip("-").replace("-", "_") in set_by_stage):
+            raise ValueError(f"{', '.join(taken)}: set by the stage itself; take it out")
+        return value
+
+
+class ServersConfig(Section):
+    """Who answers where `reject.sampler`, `evaluate.sampler` or `grpo.rollout` is not `local`."""
+
+    base: ServedConfig | None = None
+    """Where the base is served; needed by a stage that samples it with `endpoint`."""
+    sft: ServedConfig | None = None
+    """Where the merged SFT model is served; GRPO's adapter is loaded beside the model it starts from."""
+    rl: ServedConfig | None = None
+    """Where the merged RL model is served; only `evaluate` asks it."""
+    endpoint: EndpointConfig = EndpointConfig()
+    """How servers are asked, `vllm` ones too; the keys are those of `synthesize.endpoint`."""
+    vllm: VllmConfig = VllmConfig()
+    """The servers that stages start by themselves."""
+
+    @model_validator(mode="after")
+    def _stops_on_budget(self) -> Self:
+        if self.endpoint.on_budget == "finish":
+            raise ValueError("endpoint.on_budget: finish is for synthesis; other stages need all their answers")
+        return self
+
+
 def _variable_name(value: str | None) -> str | None:
     if value is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,63}", value):
         raise ValueError("must be the *name* of an environment variable, such as OPENAI_API_KEY, never the key itself")
     return value
+
+
+def _without_local(tree: dict[str, Any], key: str) -> dict[str, Any]:
+    """What decides rows: that servers were asked, not which, and not even the key where the model was in this process."""
+    rest = {name: value for name, value in tree.items() if name != key}
+    return rest if tree[key] == "local" else {**rest, key: "served"}
 
 
 class SynthesizeConfig(Section):
@@ -387,6 +455,12 @@ class RejectConfig(Section):
     """Sample only the first so many questions; null takes all."""
     batch: int = Field(default=8, ge=1)
     """Questions sampled together."""
+    sampler: Sampling = "local"
+    """Who samples: `local` loads the model here, `vllm` starts a server with it, `endpoint` asks the one named in `servers`."""
+
+    def deciding(self) -> dict[str, Any]:
+        """What decides the rows."""
+        return _without_local(self.to_json(), "sampler")
 
     def keeps(self, rate: float) -> bool:
         """Whether a pass rate lies strictly between the bounds, where there are any."""
@@ -409,6 +483,8 @@ def _worth_something(rewards: list[RewardConfig]) -> list[RewardConfig]:
 
 
 PrefixAttention = Literal["auto", "shared", "mask"]
+
+ImportanceSampling = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
 
 
 class GrpoConfig(TrainingConfig):
@@ -454,6 +530,30 @@ class GrpoConfig(TrainingConfig):
     image_cache_mib: int = Field(default=0, ge=0)
     """Host memory, per process, for image features kept from one pass over the questions to the next; 0 keeps none. A prompt
     found there (by the bytes of its images, its text and the pixel budget) is neither decoded nor given to the vision tower."""
+    rollout: Sampling = "local"
+    """Who samples the policy: `local` the model in training, `vllm` a server that the stage starts, `endpoint` the one named in
+    `servers`. To servers the policy travels as its LoRA adapter."""
+    max_staleness: int = Field(default=0, ge=0)
+    """Optimiser steps by which the adapter on a server may lag behind the policy when a step is sampled; 0 sends each."""
+    vllm_importance_sampling_correction: bool = True
+    """Weigh losses by how much likelier the policy makes what a server has sampled than the server said."""
+    vllm_importance_sampling_mode: ImportanceSampling = "sequence_mask"
+    """A token's weight is its own or its completion's (`sequence`), outside the bounds clipped (`truncate`) or 0 (`mask`)."""
+    vllm_importance_sampling_clip_max: float | None = Field(default=3.0, gt=0)
+    """Upper bound of that weight; null for none."""
+    vllm_importance_sampling_clip_min: float | None = Field(default=None, ge=0)
+    """Lower bound of that weight; null for none."""
+
+    def deciding(self, *, processes: int = 1) -> dict[str, Any]:
+        decides = _without_local(super().deciding(processes=processes), "rollout")
+        if self.rollout == "local":
+            return {name: value for name, value in decides.items() if name != "max_staleness" and not name.startswith("vllm_")}
+        return decides
+
+    @property
+    def steps_per_adapter(self) -> int:
+        """Optimiser steps between two adapters that travel: whole sets of rollouts, as many as `max_staleness` allows."""
+        return (self.max_staleness // self.num_iterations + 1) * self.num_iterations
 
     @field_validator("rewards")
     @classmethod
@@ -472,6 +572,19 @@ class GrpoConfig(TrainingConfig):
     def _is_consistent(self) -> Self:
         if self.epsilon_high is not None and self.epsilon_high < self.epsilon:
             raise ValueError(f"epsilon_high {self.epsilon_high} must not be below epsilon {self.epsilon}")
+        low, high = self.vllm_importance_sampling_clip_min, self.vllm_importance_sampling_clip_max
+        if low is not None and high is not None and low >= high:
+            raise ValueError(f"vllm_importance_sampling_clip_min {low} must be below vllm_importance_sampling_clip_max {high}")
+        if self.rollout != "local":
+            if not self.use_peft:
+                raise ValueError(
+                    f"rollout: {self.rollout} needs use_peft: true; to servers the policy travels as its LoRA adapter"
+                )
+            if self.save_steps % self.steps_per_adapter:
+                raise ValueError(
+                    f"save_steps {self.save_steps} must be a multiple of {self.steps_per_adapter}, the steps one adapter is "
+                    "sampled for (max_staleness, num_iterations): a run could not be resumed in between"
+                )
         return self
 
 
@@ -499,6 +612,8 @@ class EvaluateConfig(Section):
     splits: list[str] | None = Field(default=None, min_length=1)
     """What is answered: names of splits, or of their groups (`test`, `ood`, `perception`); null for these three. Choices
     between settings are made on `[validation]`."""
+    sampler: Sampling = "local"
+    """Who answers: `local` loads each model here, `vllm` starts a server with it, `endpoint` asks those named in `servers`."""
 
     @field_validator("ious")
     @classmethod
@@ -555,6 +670,7 @@ class Recipe(Section):
     reject: RejectConfig = RejectConfig()
     grpo: GrpoConfig = GrpoConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    servers: ServersConfig = ServersConfig()
     report: ReportConfig = ReportConfig()
 
     @field_validator("rewards")
@@ -568,6 +684,20 @@ class Recipe(Section):
         if value is not None and not int(value.partition("/")[0]) < int(value.partition("/")[2]):
             raise ValueError("parts are counted from 0: the last of four is 3/4")
         return value
+
+    @model_validator(mode="after")
+    def _has_servers(self) -> Self:
+        start = self.grpo.start
+        asked: dict[str, Sequence[str]] = {
+            "reject.sampler": [start] if self.reject.sampler == "endpoint" else [],
+            "grpo.rollout": [start] if self.grpo.rollout == "endpoint" else [],
+            "evaluate.sampler": (self.evaluate.models or []) if self.evaluate.sampler == "endpoint" else [],
+        }
+        for key, roles in asked.items():
+            for role in roles:
+                if getattr(self.servers, role) is None:
+                    raise ValueError(f"{key}: endpoint asks the {role} model; say in servers.{role} where it is served")
+        return self
 
 
 def load_recipe(path: Path | str, overrides: Sequence[str] = (), *, section: str | None = None) -> Recipe:

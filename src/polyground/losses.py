@@ -19,6 +19,7 @@ from torch import Tensor
 
 LossType = Literal["grpo", "dapo", "dr_grpo"]
 ScaleRewards = Literal["group", "batch", "none"]
+ImportanceSampling = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
 
 IGNORED = -100
 """The label of a token that is given, not learnt."""
@@ -56,6 +57,10 @@ class Objective:
     epsilon_high: float | None = None
     """The upper clip; `epsilon` when None."""
     max_completion_length: int = 128
+    vllm_importance_sampling_correction: bool = True
+    vllm_importance_sampling_mode: ImportanceSampling = "sequence_mask"
+    vllm_importance_sampling_clip_max: float | None = 3.0
+    vllm_importance_sampling_clip_min: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,6 +84,47 @@ class GrpoInputs:
     """Under the policy that sampled; None on the first pass over a rollout, when it is this one."""
     reference_logprobs_GT: Tensor | None = None
     """Under the reference; needed when beta is not 0."""
+    sampling_logprobs_GT: Tensor | None = None
+    """As another engine told them that has sampled, perhaps from older weights; None where this one has."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Mismatch:
+    """How far the engine that sampled is from the policy. Parts add up."""
+
+    tokens: float = 0.0
+    gap: float = 0.0
+    """Sum over tokens of |log p - log q|, in nats."""
+    gap_max: float = 0.0
+    weights: float = 0.0
+    """How many: one per token, or per completion in the modes by sequence."""
+    weight: float = 0.0
+    """Their sum."""
+    weight_min: float = math.inf
+    weight_max: float = -math.inf
+
+    def __add__(self, other: Mismatch) -> Mismatch:
+        return Mismatch(
+            tokens=self.tokens + other.tokens,
+            gap=self.gap + other.gap,
+            gap_max=max(self.gap_max, other.gap_max),
+            weights=self.weights + other.weights,
+            weight=self.weight + other.weight,
+            weight_min=min(self.weight_min, other.weight_min),
+            weight_max=max(self.weight_max, other.weight_max),
+        )
+
+    def metrics(self) -> dict[str, float]:
+        """By TRL's names; none without tokens."""
+        if not self.tokens:
+            return {}
+        return {
+            "sampling/sampling_logp_difference/mean": self.gap / self.tokens,
+            "sampling/sampling_logp_difference/max": self.gap_max,
+            "sampling/importance_sampling_ratio/min": self.weight_min,
+            "sampling/importance_sampling_ratio/mean": self.weight / self.weights,
+            "sampling/importance_sampling_ratio/max": self.weight_max,
+        }
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,6 +145,8 @@ class GrpoLoss:
     loss: Tensor
     """This group's share of the loss of the step: the shares of all groups add up to it."""
     sums: GrpoSums
+    mismatch: Mismatch | None = None
+    """Where another engine has sampled."""
 
 
 def grpo_loss(inputs: GrpoInputs, *, objective: Objective, size: BatchSize) -> GrpoLoss:
@@ -110,6 +158,11 @@ def grpo_loss(inputs: GrpoInputs, *, objective: Objective, size: BatchSize) -> G
 
     ratio_GT = (inputs.logprobs_GT - old_GT).exp()
     loss_GT = -torch.minimum(ratio_GT * advantages_G1, ratio_GT.clamp(low, high) * advantages_G1)
+    mismatch = None
+    if inputs.sampling_logprobs_GT is not None:
+        weights, mismatch = importance_weights(old_GT, inputs.sampling_logprobs_GT, mask_GT, objective=objective)
+        if objective.vllm_importance_sampling_correction:
+            loss_GT = loss_GT * weights
     kl_GT = torch.zeros_like(loss_GT)
     if objective.beta:
         if inputs.reference_logprobs_GT is None:
@@ -126,6 +179,36 @@ def grpo_loss(inputs: GrpoInputs, *, objective: Objective, size: BatchSize) -> G
             clipped_low=float((((ratio_GT < low) & (advantages_G1 < 0)) * mask_GT).sum()),
             clipped_high=float((((ratio_GT > high) & (advantages_G1 > 0)) * mask_GT).sum()),
         ),
+        mismatch=mismatch,
+    )
+
+
+def importance_weights(
+    policy_GT: Tensor, sampling_GT: Tensor, mask_GT: Tensor, *, objective: Objective
+) -> tuple[Tensor, Mismatch]:
+    """What each token's loss is multiplied by, since it was drawn from q and not from the policy p: p / q within bounds.
+
+    [G, T], or [G, 1] in the modes by sequence, whose ratio is that of the whole completion. Equal to TRL 1.16's.
+    """
+    inside_GT = mask_GT.bool()
+    gap_GT = (policy_GT.detach() - sampling_GT).masked_fill(~inside_GT, 0.0)
+    by_sequence = objective.vllm_importance_sampling_mode.startswith("sequence")
+    weights = (gap_GT.sum(-1, keepdim=True) if by_sequence else gap_GT).exp()
+    low, high = objective.vllm_importance_sampling_clip_min, objective.vllm_importance_sampling_clip_max
+    if objective.vllm_importance_sampling_mode.endswith("truncate"):
+        weights = weights if low is None and high is None else weights.clamp(low, high)
+    else:
+        low, high = -math.inf if low is None else low, math.inf if high is None else high
+        weights = weights.masked_fill((weights < low) | (weights > high), 0.0)
+    told = weights.flatten() if by_sequence else weights[inside_GT]
+    return weights, Mismatch(
+        tokens=float(mask_GT.sum()),
+        gap=float(gap_GT.abs().sum()),
+        gap_max=float(gap_GT.abs().max()),
+        weights=float(told.numel()),
+        weight=float(told.sum()),
+        weight_min=float(told.min()),
+        weight_max=float(told.max()),
     )
 
 

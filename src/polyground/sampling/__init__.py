@@ -45,6 +45,15 @@ class Foresighted(Protocol):
         ...
 
 
+@runtime_checkable
+class Following(Protocol):
+    """A sampler of a copy of the policy, which lies elsewhere and has to be brought up to date."""
+
+    def follow(self, step: int) -> int:
+        """Told before the optimiser step whose completions will be sampled next; how many steps old the copy then is."""
+        ...
+
+
 def prompt_key(messages: Sequence[Message]) -> str:
     """A name for a prompt made from its text and the names (not the folders) of its images."""
     parts = [[message.role, [part if isinstance(part, str) else [part.name] for part in message.parts]] for message in messages]

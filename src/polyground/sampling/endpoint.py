@@ -12,6 +12,7 @@ import logging
 import os
 import threading
 from collections.abc import Coroutine, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -23,7 +24,7 @@ from polyground.errors import BudgetError, ConfigError, EndpointError
 from polyground.records import Completion, Message
 from polyground.sampling import prompt_keys, sample_seed
 from polyground.sampling.responses import Prices, Responses
-from polyground.sampling.servers import Clock, Patience, RefusedError, Reply, Servers, without_secrets
+from polyground.sampling.servers import Clock, ContentRefusedError, Patience, RefusedError, Reply, Servers, without_secrets
 from polyground.tokens import PromptCounter
 from polyground.vision import canvas_of, load_image, to_data_uri
 
@@ -33,6 +34,27 @@ Result = TypeVar("Result")
 
 _SLACK = 4
 """Tokens by which a server's count of a prompt may differ from an exact one: a template may open the reasoning."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tokens:
+    """What a server of one's own model is asked for beside the text. The words are vLLM's; others skip or refuse them."""
+
+    scored: bool = False
+    """Token ids and log-probabilities must come with every completion, for a policy to learn from."""
+    stops: tuple[int, ...] = ()
+    """Ids that end a completion, besides those the server knows."""
+    banned: tuple[int, ...] = ()
+    """Ids that are never sampled."""
+
+    def body(self) -> dict[str, Any]:
+        """Beside the protocol: control tokens stay in the text, as in a sampler of our own."""
+        extra = {"return_token_ids": True, "skip_special_tokens": False}
+        return extra | ({"stop_token_ids": list(self.stops)} if self.stops else {})
+
+    def options(self) -> dict[str, Any]:
+        scored = {"logprobs": True} if self.scored else {}
+        return scored | ({"logit_bias": {str(number): -100 for number in self.banned}} if self.banned else {})
 
 
 class EndpointSampler:
@@ -45,6 +67,10 @@ class EndpointSampler:
     `convention` is that of the model served, with the pixel budget it was trained on: images are then sent as large as
     they are to be read, so that a box in pixels means the same on both sides. Without it they are sent as they are. The
     first answer's count of prompt tokens is then compared with our own, unless `check_prompt_tokens` is False.
+
+    `tokens` says what is asked for beside the text. `version` names the weights behind `model` where that name may come to stand
+    for others: answers of one version are not those of another. A prompt that a server's policy on contents forbids is answered
+    by an empty text.
 
     Answers are kept in the folder `cache`, and one that is there is not asked for again. With `max_tokens` or `max_cost`
     (at these `prices`), no request is started once so much is spent; those under way are still kept. `section` is what a recipe
@@ -68,13 +94,16 @@ class EndpointSampler:
         max_tokens: int | None = None,
         max_cost: float | None = None,
         section: str = "endpoint",
+        tokens: Tokens | None = None,
+        version: str | None = None,
         clock: Clock | None = None,
     ) -> None:
         urls = [base_url] if isinstance(base_url, str) else list(base_url)
         if not urls:
             raise ConfigError("an endpoint sampler needs at least one base URL")
-        self._model = model
+        self._tokens, self._version = tokens, version
         self._convention = convention
+        self._checks = check_prompt_tokens
         self._unchecked = check_prompt_tokens and convention is not None
         self._concurrency = concurrency
         self._prices = prices or Prices()
@@ -85,7 +114,7 @@ class EndpointSampler:
         self._servers = Servers(
             urls,
             model,
-            key=_key(api_key_env),
+            key=api_key(api_key_env),
             key_env=api_key_env,
             patience=patience or Patience(retries=retries, timeout=timeout),
             clock=clock or Clock(),
@@ -93,6 +122,8 @@ class EndpointSampler:
         self._urls = ", ".join(map(without_secrets, urls))
         self._responses = Responses(cache)
         self._reused = 0
+        self._refused = 0
+        self._expected: Mapping[tuple[Message, ...], Sequence[int]] = {}
         self._one_at_a_time = False
         """Whether the server was found to refuse several completions of one request."""
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -109,6 +140,8 @@ class EndpointSampler:
         api_key_env: str | None = None,
         convention: Convention | None = None,
         section: str = "endpoint",
+        tokens: Tokens | None = None,
+        version: str | None = None,
     ) -> Self:
         """As a recipe says; `cache` where it names no folder."""
         return cls(
@@ -124,7 +157,18 @@ class EndpointSampler:
             max_tokens=config.max_tokens,
             max_cost=config.max_cost,
             section=section,
+            tokens=tokens,
+            version=version,
         )
+
+    def turn_to(self, model: str, *, version: str | None = None) -> None:
+        """Ask for another model of the same servers from now on, such as a newer adapter."""
+        self._servers.model, self._version = model, version
+
+    def expect(self, prompts: Mapping[tuple[Message, ...], Sequence[int]]) -> None:
+        """The token ids that the next prompts are made of: a server that tells how it reads them must read them so."""
+        if self._checks:
+            self._expected = prompts
 
     def sample(
         self,
@@ -147,15 +191,10 @@ class EndpointSampler:
     @property
     def usage(self) -> dict[str, Any]:
         """What was asked and spent. Requests, tokens and cost include the earlier attempts whose answers are kept."""
-        spending = self._responses.spending
-        cost = spending.cost(self._prices)
         return {
-            "requests": spending.requests,
-            "prompt_tokens": spending.prompt_tokens,
-            "completion_tokens": spending.completion_tokens,
-            **({} if cost is None else {"cost": round(cost, 6)}),
-            **({"requests_without_usage": spending.uncounted} if spending.uncounted else {}),
+            **self._responses.spending.told(self._prices),
             "reused": self._reused,
+            **({"refused": self._refused} if self._refused else {}),
             "tries": self._servers.tries,
             "failed_tries": dict(sorted(self._servers.failed.items())),
         }
@@ -236,12 +275,40 @@ class EndpointSampler:
             while missing := [number for number in range(n) if number not in found]:
                 self._keep_to_the_budget()
                 request = {**options, **extra, "messages": messages, "seed": sample_seed(seed, name, missing[0]) % 2**31}
-                reply = await self._checked(request, len(missing), prompt, canvases)
-                self._responses.put([keys[number] for number in missing], reply, self._model)
+                try:
+                    reply = await self._checked(request, len(missing), prompt, canvases)
+                except ContentRefusedError as error:
+                    # What a model answers badly is a value, and so is what it may not answer.
+                    self._refused += 1
+                    logger.warning("%s; taken for an empty answer", error)
+                    reply = Reply(completions=(Completion(text=""),) * len(missing), prompt_tokens=0, completion_tokens=0)
+                else:
+                    self._require_tokens(prompt, reply)
+                self._responses.put([keys[number] for number in missing], reply, self._servers.model)
                 found |= dict(zip(missing, reply.completions, strict=False))
                 if reply.prompt_tokens is None and (self._max_tokens is not None or self._max_cost is not None):
                     raise EndpointError(f"{self._urls}: reports no token usage, so that no budget can be kept; take it out")
         return [found[number] for number in range(n)]
+
+    def _require_tokens(self, prompt: Sequence[Message], reply: Reply) -> None:
+        """What a policy learns from must be what it said, to what it was asked."""
+        if self._tokens is not None and self._tokens.scored:
+            for completion in reply.completions:
+                if not completion.token_ids or len(completion.token_ids) != len(completion.logprobs):
+                    told = f"{len(completion.token_ids)} token ids and {len(completion.logprobs)} log-probabilities"
+                    raise EndpointError(
+                        f"{self._urls}: gives {told} of a completion; a policy needs both: serve it with vLLM 0.10.2 or later"
+                    )
+        expected = self._expected.get(tuple(prompt))
+        if expected is None or reply.prompt_ids is None or reply.prompt_ids == tuple(expected):
+            return
+        pairs = zip(expected, reply.prompt_ids, strict=False)
+        place = next((i for i, (ours, theirs) in enumerate(pairs) if ours != theirs), min(len(expected), len(reply.prompt_ids)))
+        raise EndpointError(
+            f"{self._urls}: the endpoint reads a prompt otherwise than the policy, from token {place} on ({len(expected)} tokens "
+            f"here, {len(reply.prompt_ids)} there); serve the folder that the policy starts from, with the chat template and "
+            "the pixel limits it has, or set check_prompt_tokens: false to go on all the same"
+        )
 
     def _keep_to_the_budget(self) -> None:
         spending = self._responses.spending
@@ -269,6 +336,8 @@ class EndpointSampler:
         if n > 1 and not self._one_at_a_time:
             try:
                 return await self._servers.ask({**request, "n": n})
+            except ContentRefusedError:
+                raise
             except RefusedError:
                 reply = await self._servers.ask({**request, "n": 1})
                 # It was the number that it refused, not the prompt.
@@ -290,13 +359,23 @@ class EndpointSampler:
         )
 
     def _keys(self, prompt: Sequence[Message], name: str, n: int, options: Mapping[str, Any], seed: int) -> list[str]:
-        return sample_keys(prompt, model=self._model, convention=self._convention, options=options, seed=seed, name=name, n=n)
+        return sample_keys(
+            prompt,
+            model=self._servers.model,
+            convention=self._convention,
+            options=options,
+            seed=seed,
+            name=name,
+            n=n,
+            tokens=self._tokens,
+            version=self._version,
+        )
 
     def _prepared(self, prompt: Sequence[Message]) -> tuple[list[dict[str, Any]], dict[str, Any], list[Canvas]]:
         """The messages in the protocol's words, what else the server must be told to read their images as we do, and as what."""
         paths = [path for message in prompt for path in message.images]
         pictures = {path: load_image(path) for path in paths}
-        extra: dict[str, Any] = {}
+        body: dict[str, Any] = {} if self._tokens is None else self._tokens.body()
         canvases: dict[Path, Canvas] = {}
         if self._convention is not None and paths:
             layout, budget = self._convention.layout, self._convention.pixel_budget(len(paths))
@@ -307,7 +386,8 @@ class EndpointSampler:
                     pictures[path] = picture.resize((canvas.width, canvas.height), Image.Resampling.BICUBIC)
                 elif layout.fit(*picture.size) != canvas:
                     # vLLM hands these on to the image processor.
-                    extra = {"extra_body": {"mm_processor_kwargs": layout.processor_options(budget)}}
+                    body["mm_processor_kwargs"] = layout.processor_options(budget)
+        extra = ({} if self._tokens is None else self._tokens.options()) | ({"extra_body": body} if body else {})
         return [_to_openai(message, pictures) for message in prompt], extra, [canvases[path] for path in paths if canvases]
 
 
@@ -320,6 +400,8 @@ def sample_keys(
     seed: int,
     name: str,
     n: int,
+    tokens: Tokens | None = None,
+    version: str | None = None,
 ) -> list[str]:
     """What the answers of a prompt are kept under: a digest of everything that decides them, images by their bytes; which server
     is asked does not."""
@@ -328,7 +410,10 @@ def sample_keys(
     reading = None
     if convention is not None and images:
         reading = [repr(convention.layout), convention.pixel_budget(len(images))]
-    asked = [model, parts, reading, dict(options), seed, name]
+    asked: list[Any] = [model, parts, reading, dict(options), seed, name]
+    if version is not None or tokens is not None:
+        # The name of a served model of one's own says less than its version does.
+        asked[0] = [version or model, None if tokens is None else asdict(tokens)]
     base = hashlib.sha256(json.dumps(asked, sort_keys=True).encode("utf-8", "surrogatepass")).hexdigest()
     return [_sample_key(base, number) for number in range(n)]
 
@@ -340,7 +425,8 @@ def _run(loop: asyncio.AbstractEventLoop) -> None:
         loop.close()
 
 
-def _key(variable: str | None) -> str | None:
+def api_key(variable: str | None) -> str | None:
+    """The key in an environment variable; raises ConfigError where that is not set."""
     if variable is None:
         return None
     key = os.environ.get(variable)

@@ -61,6 +61,17 @@ class Spending:
             return None
         return (self.prompt_tokens * (prices.prompt or 0.0) + self.completion_tokens * (prices.completion or 0.0)) / 1e6
 
+    def told(self, prices: Prices) -> dict[str, Any]:
+        """What a summary says of it."""
+        cost = self.cost(prices)
+        return {
+            "requests": self.requests,
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            **({} if cost is None else {"cost": round(cost, 6)}),
+            **({"requests_without_usage": self.uncounted} if self.uncounted else {}),
+        }
+
 
 class Responses:
     """The answers kept in a folder. Without a folder nothing is kept, only counted."""
@@ -107,7 +118,7 @@ class Responses:
         self.spending.add(reply.prompt_tokens, reply.completion_tokens)
         if self._writer is None:
             return
-        completions = [{"text": c.text, "truncated": c.truncated} for c in reply.completions[: len(keys)]]
+        completions = [_to_keep(completion) for completion in reply.completions[: len(keys)]]
         usage = {"prompt_tokens": reply.prompt_tokens, "completion_tokens": reply.completion_tokens}
         path = self._writer.path
         offset = path.stat().st_size
@@ -181,5 +192,15 @@ def _row(line: bytes) -> Mapping[str, Any] | None:
     return row if whole else None
 
 
+def _to_keep(completion: Completion) -> dict[str, Any]:
+    row = completion.to_json()
+    return {name: value for name, value in row.items() if value != []}
+
+
 def _kept(row: Mapping[str, Any]) -> Completion:
-    return Completion(text=row["text"], truncated=bool(row.get("truncated", False)))
+    return Completion(
+        text=row["text"],
+        token_ids=tuple(row.get("token_ids", ())),
+        logprobs=tuple(row.get("logprobs", ())),
+        truncated=bool(row.get("truncated", False)),
+    )

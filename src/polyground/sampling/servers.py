@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping, Sequence
@@ -68,10 +69,20 @@ class Reply:
     prompt_tokens: int | None = None
     """None where the server does not report it."""
     completion_tokens: int | None = None
+    prompt_ids: tuple[int, ...] | None = None
+    """The prompt as the server read it; None where it does not say."""
 
 
 class RefusedError(EndpointError):
     """The request itself is at fault (400, 422): another try would meet the same."""
+
+
+class ContentRefusedError(RefusedError):
+    """The server's policy on contents forbids an answer to this prompt."""
+
+
+class UnknownModelError(EndpointError):
+    """The server has no model of that name (404)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +142,8 @@ class Servers:
         except ImportError as error:
             raise ConfigError("an endpoint sampler needs the openai package; install `polyground[serve]`") from error
         self._openai = openai
-        self._model = model
+        self.model = model
+        """Name of the model that the next requests are for."""
         self._key, self._key_env = key, key_env
         self._patience, self._clock = patience, clock
         self._servers = [
@@ -257,7 +269,7 @@ class Servers:
         openai = self._openai
         try:
             async with asyncio.timeout(self._patience.timeout):
-                reply = await server.client.chat.completions.create(model=self._model, **request)
+                reply = await server.client.chat.completions.create(model=self.model, **request)
         except (TimeoutError, openai.APITimeoutError):
             return _Trouble("timeout", f"no answer in {self._patience.timeout:g} s; is the server overloaded?")
         except openai.APIConnectionError:
@@ -278,14 +290,14 @@ class Servers:
             raise EndpointError(f"{server.url}: the endpoint refused the API key; {where}") from None
         if status == 403:
             where = f"the key in ${self._key_env}" if self._key_env else "a request without a key"
-            raise EndpointError(f"{server.url}: the endpoint answered 403: {where} has no right to {self._model!r}") from None
-        said = f"the endpoint answered {status} for {self._model!r}: {said}"
+            raise EndpointError(f"{server.url}: the endpoint answered 403: {where} has no right to {self.model!r}") from None
+        said = f"the endpoint answered {status} for {self.model!r}: {said}"
         if getattr(error, "code", None) == "insufficient_quota":
             raise EndpointError(f"{server.url}: {said}; the account has no credit left: add some") from None
         if status in _PASSING or status >= 500:
             wait = _asked_wait(error.response.headers, self._clock.wall())
             return _Trouble(str(status), said, None if wait is None else min(wait, self._patience.outage))
-        raise _refusal(server, status, said) from None
+        raise _refusal(server, status, said, forbidden=_forbids_content(error)) from None
 
     def _redacted(self, text: str) -> str:
         return visible(text.replace(self._key, "***") if self._key else text)
@@ -295,11 +307,25 @@ class Servers:
             await server.client.close()
 
 
-def _refusal(server: _Server, status: int, said: str) -> EndpointError:
+def _refusal(server: _Server, status: int, said: str, *, forbidden: bool) -> EndpointError:
     if status in (400, 422):
-        return RefusedError(f"{server.url}: {said}")
-    remedy = "; check the base URL (it ends in /v1) and the model's name there" if status == 404 else ""
-    return EndpointError(f"{server.url}: {said}{remedy}")
+        return (ContentRefusedError if forbidden else RefusedError)(f"{server.url}: {said}")
+    if status == 404:
+        return UnknownModelError(f"{server.url}: {said}; check the base URL (it ends in /v1) and the model's name there")
+    return EndpointError(f"{server.url}: {said}")
+
+
+_FORBIDDEN = re.compile(r"content[_ -]?(?:filter|policy|management)|responsible_?ai|data_inspection_failed", re.IGNORECASE)
+"""How OpenAI, Azure and DashScope say that a prompt offends their policy."""
+
+
+def _forbids_content(error: Any) -> bool:
+    told = [getattr(error, "code", None), getattr(error, "type", None)]
+    body = getattr(error, "body", None)
+    if isinstance(body, Mapping):
+        inner = body.get("innererror")
+        told.append(inner.get("code") if isinstance(inner, Mapping) else None)
+    return any(isinstance(word, str) and _FORBIDDEN.search(word) for word in told)
 
 
 def without_secrets(url: str) -> str:
@@ -328,7 +354,10 @@ def _reply(reply: Any) -> Reply | _Trouble:
     choices = getattr(reply, "choices", None)
     if not isinstance(choices, list) or not choices or any(getattr(choice, "message", None) is None for choice in choices):
         return _Trouble("garbage", "the endpoint answered without a completion; is it an OpenAI-compatible server?")
-    completions = [_completion(choice) for choice in choices]
+    try:
+        completions = [_completion(choice) for choice in choices]
+    except (TypeError, ValueError):
+        return _Trouble("garbage", "the endpoint's tokens are no numbers; is it an OpenAI-compatible server?")
     if not all(isinstance(completion.text, str) for completion in completions):
         return _Trouble("garbage", "the endpoint answered with something that is no text; is it an OpenAI-compatible server?")
     usage = getattr(reply, "usage", None)
@@ -336,7 +365,12 @@ def _reply(reply: Any) -> Reply | _Trouble:
         completions=tuple(completions),
         prompt_tokens=_count(getattr(usage, "prompt_tokens", None)),
         completion_tokens=_count(getattr(usage, "completion_tokens", None)),
+        prompt_ids=_ids(getattr(reply, "prompt_token_ids", None)),
     )
+
+
+def _ids(value: Any) -> tuple[int, ...] | None:
+    return tuple(value) if isinstance(value, list) and all(isinstance(number, int) for number in value) else None
 
 
 def _count(value: Any) -> int | None:
@@ -349,4 +383,11 @@ def _completion(choice: Choice) -> Completion:
     reasoning = getattr(choice.message, "reasoning_content", None) or getattr(choice.message, "reasoning", None)
     if reasoning and "<think>" not in text:
         text = f"<think>{reasoning}</think>{text}"
-    return Completion(text=text, truncated=getattr(choice, "finish_reason", None) == "length")
+    scored = getattr(getattr(choice, "logprobs", None), "content", None) or []
+    return Completion(
+        text=text,
+        # vLLM tells them when asked.
+        token_ids=_ids(getattr(choice, "token_ids", None)) or (),
+        logprobs=tuple(float(token.logprob) for token in scored),
+        truncated=getattr(choice, "finish_reason", None) == "length",
+    )

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import json
 import logging
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -18,11 +20,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
 
-from polyground.config import DataSource, Recipe
-from polyground.conventions import model_folder
+from polyground.config import DataSource, Recipe, Sampling
+from polyground.conventions import load_convention, model_folder
 from polyground.errors import ConfigError, DataError, StorageError
-from polyground.geometry import Grid
-from polyground.imagefile import problem_of
+from polyground.geometry import PER_MILLE, Grid
+from polyground.imagefile import image_size, problem_of
 from polyground.records import Example, Message
 from polyground.shards import Shard, gather, parse_shard, part_folder, part_identity
 from polyground.sources import ABOUT_ROWS, SOURCES, BadRow, Item, chosen, read_source, scan_source
@@ -60,6 +62,14 @@ class Student:
     sampler: Sampler
     ask: Ask
     scorer: Scorer
+    batch: int = 1
+    """Questions to put to it at once, at least: enough that servers are not idle while the last answers come in."""
+    usage: Callable[[], Mapping[str, Any]] | None = None
+    """What was asked of servers so far; None for a model in this process."""
+
+    def spent(self) -> dict[str, Any]:
+        """What a stage's summary says of servers."""
+        return {} if self.usage is None else {"endpoint": self.usage()}
 
 
 def model_path(recipe: Recipe, role: str) -> Path | str:
@@ -84,8 +94,78 @@ def _weights(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def open_student(recipe: Recipe, role: str) -> Student:
-    """Load the model of this role and the recipe's scorer; answers in the family's native form are read as well."""
+@contextmanager
+def student(recipe: Recipe, role: str, *, sampler: Sampling, stage: str) -> Iterator[Student]:
+    """The model of this role, in this process or on servers, and the recipe's scorer; servers are let go of at the end.
+
+    Answers in the family's native form are read as well.
+    """
+    if sampler == "local":
+        yield _loaded_student(recipe, role)
+        return
+    from polyground.prompts import student_messages
+    from polyground.rewards import Scorer
+    from polyground.sampling.endpoint import EndpointSampler, Tokens
+    from polyground.sampling.served import serving_of
+    from polyground.vision import canvas_of
+
+    folder = model_folder(model_path(recipe, role))
+    convention = load_convention(folder, max_pixels_total=recipe.model.max_pixels_total)
+
+    def grids_of(images: Sequence[Path]) -> list[Grid]:
+        if convention.per_mille:
+            return [PER_MILLE] * len(images)
+        return [canvas_of(image, image_size(image), convention, images=len(images)).grid for image in images]
+
+    def ask(example: Example) -> tuple[Sequence[Message], Sequence[Grid]]:
+        grids = grids_of(example.images)
+        return student_messages(example, grids, instruction=recipe.prompts.instruction), grids
+
+    shard = own_share(recipe)
+    part = "" if shard is None else f"-{shard.name}"
+    log = recipe.out / "logs" / f"vllm-{stage}-{role}{part}.log"
+    with (
+        serving_of(sampler, recipe.servers, role, model=folder.absolute(), dtype=recipe.model.dtype, log=log) as served,
+        EndpointSampler.from_config(
+            served.urls,
+            served.model,
+            recipe.servers.endpoint,
+            cache=_answers(recipe, stage),
+            api_key_env=served.api_key_env,
+            convention=convention,
+            section="servers.endpoint",
+            tokens=Tokens(),
+            version=model_version(recipe, role),
+        ) as asked,
+    ):
+        scorer = Scorer(recipe.rewards, native=convention.native, reasoning=recipe.prompts.reasoning)
+        batch = 4 * recipe.servers.endpoint.concurrency
+        yield Student(sampler=asked, ask=ask, scorer=scorer, batch=batch, usage=lambda: asked.usage)
+
+
+def spent_before(recipe: Recipe, *, sampler: Sampling, stage: str) -> dict[str, Any]:
+    """As `Student.spent`, of a stage whose rows are all there already: what its kept answers took, those of all parts."""
+    if sampler == "local":
+        return {}
+    from polyground.sampling.responses import Prices, Responses
+
+    config = recipe.servers.endpoint
+    spending = Responses.looked_at(config.cache or _answers(recipe, stage)).spending
+    return {"endpoint": spending.told(Prices(prompt=config.prompt_price, completion=config.completion_price))}
+
+
+def _answers(recipe: Recipe, stage: str) -> Path:
+    return recipe.out / "answers" / stage
+
+
+def model_version(recipe: Recipe, role: str) -> str:
+    """Names the weights of a role, whatever a server calls them: answers of other weights are not theirs."""
+    folder = ROLES[role]
+    named = [model_identity(recipe), upstream(recipe, folder) if folder else {}]
+    return hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()
+
+
+def _loaded_student(recipe: Recipe, role: str) -> Student:
     from polyground.models import load_model
     from polyground.prompts import student_messages
     from polyground.rewards import Scorer

@@ -9,6 +9,7 @@ over its rows (`benchmarks`); every other split by the recipe's scorer.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -43,12 +44,13 @@ from polyground.stages import (
     gather_parts,
     model_identity,
     model_path,
-    open_student,
     own_share,
     own_splits,
     read_split,
+    spent_before,
     split_identity,
     stage_folder,
+    student,
     track,
     upstream,
 )
@@ -72,6 +74,7 @@ def run(recipe: Recipe) -> Mapping[str, Any]:
     """Let every model there is answer every split, then write `outcomes.json` and `results.json`."""
     _require_compat(recipe)
     roles = present_roles(recipe)
+    _require_servers(recipe, roles)
     splits = {name: _asked(recipe, name).examples for name in evaluation_splits(recipe)}
     for role in roles:
         _answer_all(recipe, role, splits)
@@ -92,6 +95,16 @@ def _asked(recipe: Recipe, split: str) -> Asked:
     if recipe.evaluate.circular:
         examples = [turn for example in examples for turn in turns(example)]
     return Asked(examples, annotation)
+
+
+def _require_servers(recipe: Recipe, roles: Sequence[str]) -> None:
+    """Raises ConfigError, before the first model is asked, for one that is nowhere served."""
+    missing = [role for role in roles if recipe.evaluate.sampler == "endpoint" and getattr(recipe.servers, role) is None]
+    if missing:
+        raise ConfigError(
+            f"evaluate.sampler: endpoint asks the {', '.join(missing)} model; say in servers.{missing[0]} where it is served, or "
+            "leave it out of evaluate.models"
+        )
 
 
 def _require_compat(recipe: Recipe) -> None:
@@ -134,6 +147,7 @@ def _answer_all(recipe: Recipe, role: str, splits: Mapping[str, Sequence[Example
             **config.model_dump(include={"max_completion_length", "batch_size", "limit_per_split"}),
             **({"circular": True} if config.circular else {}),
             **({} if config.instruction == "recipe" else {"instruction": _instruction(recipe)}),
+            **({} if config.sampler == "local" else {"sampler": "served"}),
         },
         "rewards": [reward.to_json() for reward in recipe.rewards],
         "prompts": recipe.prompts.to_json(),
@@ -151,31 +165,33 @@ def _answer_all(recipe: Recipe, role: str, splits: Mapping[str, Sequence[Example
             splits = {name: shard.of(examples, keys[name]) for name, examples in splits.items()}
         else:
             gather_parts(recipe, folder, {f"{name}.jsonl": found for name, found in keys.items()}, field="example")
-        student: Student | None = None
-        for name, examples in splits.items():
-            file = f"{name}.jsonl"
-            done = folder.done_keys(file, field="example")
-            if all(example.key in done for example in examples):
-                folder.file(file).touch()
-                continue
-            student = student or open_student(recipe, role)
-            groups = rollout_groups(
-                examples,
-                sampler=student.sampler,
-                ask=_asking(recipe, student.ask),
-                judge=student.scorer.score,
-                n=1,
-                temperature=0.0,
-                max_tokens=config.max_completion_length,
-                seed=recipe.seed,
-                batch=config.batch_size,
-                done=done,
-            )
-            for group in track(groups, f"evaluate {role} {name}", total=len(examples), done=len(done)):
-                for rollout in group.rollouts:
-                    folder.append(file, rollout.without_logprobs().to_json())
+        with ExitStack() as opened:
+            asked: Student | None = None
+            for name, examples in splits.items():
+                file = f"{name}.jsonl"
+                done = folder.done_keys(file, field="example")
+                if all(example.key in done for example in examples):
+                    folder.file(file).touch()
+                    continue
+                asked = asked or opened.enter_context(student(recipe, role, sampler=config.sampler, stage="evaluate"))
+                groups = rollout_groups(
+                    examples,
+                    sampler=asked.sampler,
+                    ask=_asking(recipe, asked.ask),
+                    judge=asked.scorer.score,
+                    n=1,
+                    temperature=0.0,
+                    max_tokens=config.max_completion_length,
+                    seed=recipe.seed,
+                    batch=max(config.batch_size, asked.batch),
+                    done=done,
+                )
+                for group in track(groups, f"evaluate {role} {name}", total=len(examples), done=len(done)):
+                    for rollout in group.rollouts:
+                        folder.append(file, rollout.without_logprobs().to_json())
+            spent = spent_before(recipe, sampler=config.sampler, stage="evaluate") if asked is None else asked.spent()
         told = {} if shard is None else {"shard": str(shard)}
-        folder.finish({**told, "answers": {name: len(examples) for name, examples in splits.items()}})
+        folder.finish({**told, "answers": {name: len(examples) for name, examples in splits.items()}, **spent})
 
 
 def _asking(recipe: Recipe, ask: Ask) -> Ask:
@@ -341,7 +357,11 @@ def _tags(recipe: Recipe, splits: Sequence[str]) -> dict[str, Any]:
         "instruction_set": _instruction(recipe),
         "circular": recipe.evaluate.circular,
         "compat": recipe.evaluate.compat,
-        "decoding": {"temperature": 0.0, "max_completion_length": recipe.evaluate.max_completion_length},
+        "decoding": {
+            "temperature": 0.0,
+            "max_completion_length": recipe.evaluate.max_completion_length,
+            **({} if recipe.evaluate.sampler == "local" else {"sampler": "served"}),
+        },
         "headline_iou": recipe.evaluate.ious[0],
         "bootstrap": recipe.evaluate.bootstrap,
         "seed": recipe.seed,

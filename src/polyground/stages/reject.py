@@ -19,12 +19,13 @@ from polyground.rollout import Group, interleave, rollout_groups
 from polyground.stages import (
     gather_parts,
     model_identity,
-    open_student,
     own_share,
     read_split,
+    spent_before,
     split_identity,
     stage_folder,
     start_folders,
+    student,
     track,
     upstream,
 )
@@ -38,7 +39,7 @@ def run(recipe: Recipe) -> Mapping[str, Any]:
     shard = own_share(recipe)
     identity = {
         "seed": recipe.seed,
-        "reject": config.to_json(),
+        "reject": config.deciding(),
         "rewards": [reward.to_json() for reward in recipe.rewards],
         "prompts": recipe.prompts.to_json(),
         "prompt_version": PROMPT_VERSION,
@@ -52,10 +53,10 @@ def run(recipe: Recipe) -> Mapping[str, Any]:
         keys = [example.key for example in examples]
         if shard is not None:
             own = shard.of(examples, keys)
-            _sample(recipe, folder, own)
-            return folder.finish({"shard": str(shard), "asked": len(own)}).summary
+            spent = _sample(recipe, folder, own)
+            return folder.finish({"shard": str(shard), "asked": len(own)} | spent).summary
         gather_parts(recipe, folder, {"rollouts.jsonl": keys})
-        _sample(recipe, folder, examples)
+        spent = _sample(recipe, folder, examples)
         # Without the completions, which are nearly all of the bytes.
         rows = [{name: row[name] for name in ("key", "pass_rate", "mean_reward")} for row in folder.rows("rollouts.jsonl")]
         rates = {row["key"]: float(row["pass_rate"]) for row in rows}
@@ -67,30 +68,31 @@ def run(recipe: Recipe) -> Mapping[str, Any]:
             )
         lines = (json.dumps({**example.to_json(), "pass_rate": rates[example.key]}) + "\n" for example in kept)
         atomic_write_text(folder.file("kept.jsonl"), "".join(lines))
-        return folder.finish(_summary(examples, kept, rates, rows)).summary
+        return folder.finish(_summary(examples, kept, rates, rows) | spent).summary
 
 
-def _sample(recipe: Recipe, folder: RunFolder, examples: Sequence[Example]) -> None:
-    """Group after group onto disk, as far as they are not there yet."""
+def _sample(recipe: Recipe, folder: RunFolder, examples: Sequence[Example]) -> dict[str, Any]:
+    """Group after group onto disk, as far as they are not there yet; returns what was asked of servers."""
     config, done = recipe.reject, folder.done_keys("rollouts.jsonl")
     if all(example.key in done for example in examples):
-        return
-    student = open_student(recipe, recipe.grpo.start)
-    groups = rollout_groups(
-        examples,
-        sampler=student.sampler,
-        ask=student.ask,
-        judge=student.scorer.score,
-        n=config.num_generations,
-        temperature=config.temperature,
-        top_p=config.top_p,
-        max_tokens=config.max_completion_length,
-        seed=recipe.seed,
-        batch=config.batch,
-        done=done,
-    )
-    for group in track(groups, "reject", total=len(examples), done=len(done)):
-        folder.append("rollouts.jsonl", group_row(group, threshold=config.pass_iou))
+        return spent_before(recipe, sampler=config.sampler, stage="reject")
+    with student(recipe, recipe.grpo.start, sampler=config.sampler, stage="reject") as policy:
+        groups = rollout_groups(
+            examples,
+            sampler=policy.sampler,
+            ask=policy.ask,
+            judge=policy.scorer.score,
+            n=config.num_generations,
+            temperature=config.temperature,
+            top_p=config.top_p,
+            max_tokens=config.max_completion_length,
+            seed=recipe.seed,
+            batch=max(config.batch, policy.batch),
+            done=done,
+        )
+        for group in track(groups, "reject", total=len(examples), done=len(done)):
+            folder.append("rollouts.jsonl", group_row(group, threshold=config.pass_iou))
+        return policy.spent()
 
 
 def group_row(group: Group, *, threshold: float) -> dict[str, Any]:

@@ -26,12 +26,13 @@ from torch.utils.data import Dataset, SequentialSampler
 
 from polyground.batches import PackedGroup, join_groups, pack_group
 from polyground.config import GrpoConfig, PrefixAttention
-from polyground.errors import ConfigError, DataError, PolygroundError
+from polyground.errors import ConfigError, DataError, EndpointError, PolygroundError
 from polyground.geometry import Grid
 from polyground.losses import (
     BatchSize,
     GrpoInputs,
     GrpoSums,
+    Mismatch,
     Objective,
     TokenScores,
     advantages,
@@ -45,7 +46,7 @@ from polyground.models.linear_attention import has_linear_attention, packed_mask
 from polyground.models.shared_prefix import SHARED_PREFIX
 from polyground.records import Completion, Example, Message, Rollout
 from polyground.rollout import Ask, Group, Judge, rollout_groups
-from polyground.sampling import Sampler
+from polyground.sampling import Following, Sampler
 from polyground.training.processes import PortableTrainer, PromptLengths, balanced, wrap_decoder_layers
 from polyground.training.remembering import Ready, Remembering
 from polyground.training.runs import append_rows, prepare_model, require_packable, train, training_arguments
@@ -75,6 +76,7 @@ class Lot:
     """Without variance, and so without gradient: counted, not computed."""
     old_logprobs_GT: Tensor | None = None
     reference_logprobs_GT: Tensor | None = None
+    sampling_logprobs_GT: Tensor | None = None
 
 
 class Schedule(Dataset[Example]):
@@ -317,6 +319,8 @@ class GrpoTrainer(PortableTrainer):
         )
         self._prepared = Prepared(schedule, family, ask, ahead=args.dataloader_num_workers > 0, cached=config.image_cache_mib > 0)
         super().__init__(model=model, args=args, train_dataset=self._prepared, data_collator=list)
+        if isinstance(sampler, Following) and (self.is_fsdp_enabled or self.zero_stage == 3):
+            raise ConfigError("grpo.rollout: an adapter shared out by FSDP or ZeRO-3 cannot be sent to servers; use DDP")
         if self.zero_stage == 3:
             raise ConfigError(
                 "grpo: rollouts in the training processes need the weights whole, which ZeRO-3 does not give; launch it with "
@@ -331,6 +335,10 @@ class GrpoTrainer(PortableTrainer):
             epsilon=config.epsilon,
             epsilon_high=config.epsilon_high,
             max_completion_length=config.max_completion_length,
+            vllm_importance_sampling_correction=config.vllm_importance_sampling_correction,
+            vllm_importance_sampling_mode=config.vllm_importance_sampling_mode,
+            vllm_importance_sampling_clip_max=config.vllm_importance_sampling_clip_max,
+            vllm_importance_sampling_clip_min=config.vllm_importance_sampling_clip_min,
         )
         self._family, self._sampler, self._ask, self._judge, self._seed = family, sampler, ask, judge, seed
         self.attention = ""
@@ -340,6 +348,9 @@ class GrpoTrainer(PortableTrainer):
         self._held: list[Lot] = []
         self._sums = GrpoSums()
         self._entropy = 0.0
+        self._mismatch = Mismatch()
+        self._compared = not isinstance(sampler, Following)
+        """Whether the other engine's log-probabilities were found to mean the same as ours."""
         self._metrics: dict[str, list[float]] = defaultdict(list)
 
     # What Trainer asks for -------------------------------------------------------------------------------------------
@@ -403,11 +414,14 @@ class GrpoTrainer(PortableTrainer):
                 mask_GT=lot.packed.mask_GT,
                 old_logprobs_GT=lot.old_logprobs_GT,
                 reference_logprobs_GT=lot.reference_logprobs_GT,
+                sampling_logprobs_GT=lot.sampling_logprobs_GT,
             ),
             objective=self.objective,
             size=lot.size,
         )
         self._sums += result.sums
+        if result.mismatch is not None:
+            self._mismatch += result.mismatch
         self._entropy += float(scores.entropies_N.sum())
         return result.loss
 
@@ -418,6 +432,8 @@ class GrpoTrainer(PortableTrainer):
         model.eval()
         self._family.forget()
         self._answers = {}
+        if isinstance(self._sampler, Following):
+            self._metrics["sampling/staleness"].append(float(self._sampler.follow(step)))
         for ready in prepared:
             self._family.expect(ready)
             if ready.asked is not None:
@@ -481,6 +497,11 @@ class GrpoTrainer(PortableTrainer):
                 and not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
             ),
         )
+        if isinstance(self._sampler, Following):
+            told = [logprob for rollout in group.rollouts for logprob in rollout.completion.logprobs]
+            lot = replace(lot, sampling_logprobs_GT=lot.packed.unpack(torch.tensor(told, device=device)))
+        if not self._compared:
+            self._compare(model, lot)
         if lot.skipped:
             return lot
         if self.config.num_iterations > 1:
@@ -493,6 +514,26 @@ class GrpoTrainer(PortableTrainer):
     def _logprobs(self, model: Any, lot: Lot) -> Tensor:
         [scores] = self._score(model, [lot])
         return lot.packed.unpack(scores.logprobs_N)
+
+    def _compare(self, model: Any, lot: Lot) -> None:
+        """Once: an engine that tells log-probabilities before the temperature would have every loss weighed wrongly."""
+        self._compared = True
+        if self.config.temperature == 1 or lot.sampling_logprobs_GT is None:
+            return
+        ours = self._logprobs(model, lot)
+        [plain] = score_groups(
+            model, self._family, [lot.packed], [lot.features], temperature=1.0, attention=self.config.prefix_attention
+        )
+        count = lot.packed.mask_GT.sum()
+        gap, raw_gap = (
+            float((logprobs_GT - lot.sampling_logprobs_GT).abs().sum() / count)
+            for logprobs_GT in (ours, lot.packed.unpack(plain.logprobs_N))
+        )
+        if gap > 0.02 and raw_gap < gap / 2:
+            raise EndpointError(
+                f"the server's log-probabilities are those before the temperature ({raw_gap:.3f} nats a token from ours at 1, "
+                f"{gap:.3f} at {self.config.temperature:g}); start vLLM with --logprobs-mode processed_logprobs"
+            )
 
     def _gathered(self, values: Sequence[float]) -> list[float]:
         if self.args.world_size == 1:
@@ -544,7 +585,9 @@ class GrpoTrainer(PortableTrainer):
             }
             if self.objective.beta:
                 measured["kl"] = kl / tokens
-        self._sums, self._entropy = GrpoSums(), 0.0
+        if isinstance(self._sampler, Following):
+            measured |= sum(self._told([self._mismatch]), Mismatch()).metrics()
+        self._sums, self._entropy, self._mismatch = GrpoSums(), 0.0, Mismatch()
         self._metrics.clear()
         return measured
 
