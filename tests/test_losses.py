@@ -15,6 +15,7 @@ from polyground.losses import (
     completion_loss,
     deviation,
     grpo_loss,
+    importance_weights,
     k3_divergence,
     token_scores,
 )
@@ -41,6 +42,48 @@ def test_on_policy_the_loss_is_the_mean_advantage_negated(loss_type: str, expect
     result = grpo_loss(group(), objective=objective, size=BatchSize(completions=2, tokens=3))
     assert float(result.loss) == pytest.approx(expected)
     assert result.sums == GrpoSums(tokens=3.0)
+
+
+# Policy over sampler: twice and half as likely, as a whole just as likely; then four times, and a token that is padding.
+SAMPLED = torch.log(torch.tensor([[0.25, 1.0], [0.0625, 0.001]]))
+
+
+@pytest.mark.parametrize(
+    ("mode", "bounds", "expected"),
+    [
+        pytest.param("token_truncate", (None, 3.0), [[2, 0.5], [3, 1]], id="token-clipped"),
+        pytest.param("token_truncate", (0.75, 3.0), [[2, 0.75], [3, 1]], id="token-clipped-on-both-sides"),
+        pytest.param("token_mask", (None, 3.0), [[2, 0.5], [0, 1]], id="token-dropped"),
+        pytest.param("token_mask", (0.75, None), [[2, 0], [4, 1]], id="token-dropped-below"),
+        pytest.param("sequence_truncate", (None, 3.0), [[1], [3]], id="completion-clipped"),
+        pytest.param("sequence_mask", (None, 3.0), [[1], [0]], id="completion-dropped"),
+        pytest.param("sequence_mask", (None, None), [[1], [4]], id="no-bounds"),
+    ],
+)
+def test_what_another_engine_sampled_weighs_as_much_as_the_policy_would_have_sampled_it(
+    mode: str, bounds: tuple[float | None, float | None], expected: list[list[float]]
+) -> None:
+    low, high = bounds
+    objective = Objective(
+        vllm_importance_sampling_mode=mode, vllm_importance_sampling_clip_min=low, vllm_importance_sampling_clip_max=high
+    )
+    weights, mismatch = importance_weights(LOGPROBS, SAMPLED, MASK, objective=objective)
+    assert weights.tolist() == [pytest.approx(row) for row in expected]
+    told = mismatch.metrics()
+    counted = [*expected[0], expected[1][0]]
+    assert told["sampling/importance_sampling_ratio/mean"] == pytest.approx(sum(counted) / len(counted))
+    assert told["sampling/importance_sampling_ratio/max"] == pytest.approx(max(counted))
+    assert told["sampling/sampling_logp_difference/mean"] == pytest.approx(math.log(2 * 2 * 4) / 3)
+    assert told["sampling/sampling_logp_difference/max"] == pytest.approx(math.log(4))
+
+
+@pytest.mark.parametrize(("corrected", "expected"), [(True, (-1 + 0) / 2), (False, (-1 + 2) / 2)])
+def test_without_the_correction_a_mismatch_is_only_told(corrected: bool, expected: float) -> None:
+    objective = Objective(loss_type="grpo", vllm_importance_sampling_correction=corrected)
+    result = grpo_loss(group(sampling_logprobs_GT=SAMPLED), objective=objective, size=BatchSize(completions=2, tokens=3))
+    assert float(result.loss) == pytest.approx(expected)
+    assert result.mismatch is not None
+    assert result.mismatch.tokens == 3
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo"])

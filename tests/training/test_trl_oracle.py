@@ -10,6 +10,7 @@ from stand_ins import Babbler, ask, families
 from torch import Tensor
 
 from polyground.batches import PackedGroup, pack_group
+from polyground.config import GrpoConfig
 from polyground.losses import BatchSize, GrpoInputs, GrpoSums, Objective, advantages, grpo_loss
 from polyground.models import Loaded, Prompt
 from polyground.records import Example
@@ -24,7 +25,7 @@ REWARDS = [[0.0, 1.0, 0.5], [0.2, 0.2, 0.9], [1.0, 0.1, 0.3], [0.4, 0.6, 0.0]]
 class Case:
     """Four prompts of 1, 2, 3 and 6 images with three ragged completions each, and one model in both arms' hands."""
 
-    def __init__(self, toy: Loaded, examples: list[Example], *, out: Path, beta: float, loss_type: str) -> None:
+    def __init__(self, toy: Loaded, examples: list[Example], *, out: Path, beta: float, loss_type: str, **options) -> None:
         self.family = toy.family
         self.prompts: list[Prompt] = [toy.family.encode(ask(example)[0]) for example in examples]
         keys = [example.key for example in examples]
@@ -48,6 +49,7 @@ class Case:
                 bf16=False,
                 use_cpu=True,
                 report_to="none",
+                **options,
             ),
             train_dataset=_dataset(),
             processing_class=toy.family.tokenizer,
@@ -90,8 +92,8 @@ class Case:
             "mm_token_type_ids": kinds,
         }
 
-    def theirs(self, *, off_policy: float, reference: bool) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-        inputs = self.rows()
+    def theirs(self, *, off_policy: float, reference: bool, **more: Tensor) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        inputs = self.rows() | more
         vision = {k: inputs[k] for k in ("pixel_values", "image_grid_thw", "num_images", "mm_token_type_ids")}
         ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
         mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
@@ -110,12 +112,14 @@ class Case:
         loss.backward()
         return loss.detach(), self.gradients(), logprobs * inputs["completion_mask"]
 
-    def ours(self, objective: Objective, *, off_policy: float) -> tuple[Tensor, dict[str, Tensor], list[Tensor], GrpoSums, float]:
+    def ours(
+        self, objective: Objective, *, off_policy: float, sampled: float = 0.0
+    ) -> tuple[Tensor, dict[str, Tensor], list[Tensor], GrpoSums, float]:
         size = BatchSize(
             completions=sum(map(len, self.completions)), tokens=sum(len(c) for group in self.completions for c in group)
         )
         longest = max(len(c) for group in self.completions for c in group)
-        shift = drift((size.completions, longest), off_policy)
+        shift, away = (drift((size.completions, longest), scale) for scale in (off_policy, sampled))
         self.model.zero_grad()
         total, sums, entropy, logprobs = torch.zeros(()), GrpoSums(), 0.0, []
         for i, (prompt, completions, values) in enumerate(zip(self.prompts, self.completions, self.values, strict=True)):
@@ -131,6 +135,7 @@ class Case:
                     mask_GT=packed.mask_GT,
                     old_logprobs_GT=current.detach() + shift[G * i : G * (i + 1), : current.shape[1]] if off_policy else None,
                     reference_logprobs_GT=reference,
+                    sampling_logprobs_GT=current.detach() + away[G * i : G * (i + 1), : current.shape[1]] if sampled else None,
                 ),
                 objective=objective,
                 size=size,
@@ -184,6 +189,34 @@ def test_loss_and_gradients_equal_trl(
     assert (sums.clipped_low > 0) == (off_policy > 0)
     if beta:
         assert sums.kl / sums.tokens == pytest.approx(metrics["kl"], rel=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"])
+def test_the_weights_of_another_engines_samples_equal_trl(
+    toy: Loaded, examples: list[Example], tmp_path: Path, mode: str
+) -> None:
+    case = Case(toy, examples, out=tmp_path, beta=0.04, loss_type="grpo", vllm_importance_sampling_mode=mode)
+    # As TRL's trainer does after sampling with vLLM, which this machine cannot give it.
+    completions = case.rows()["completion_mask"]
+    gap = -drift(tuple(completions.shape), 0.8) * completions
+    ratio = (gap.sum(-1, keepdim=True) if mode.startswith("sequence") else gap).exp()
+    ratio = ratio.clamp(max=3.0) if mode.endswith("truncate") else ratio.masked_fill(ratio > 3.0, 0.0)
+    case.trainer.use_vllm = True
+    assert case.trainer.vllm_importance_sampling_correction
+    loss, gradients, _ = case.theirs(off_policy=0.0, reference=True, importance_sampling_ratio=ratio)
+    objective = Objective(loss_type="grpo", beta=0.04, epsilon=0.2, epsilon_high=0.25, vllm_importance_sampling_mode=mode)
+    our_loss, our_gradients, *_ = case.ours(objective, off_policy=0.0, sampled=0.8)
+    assert float(our_loss) == pytest.approx(float(loss), rel=1e-5, abs=1e-6)
+    assert relative(our_gradients, gradients) < 1e-5
+    plain, *_ = case.ours(Objective(loss_type="grpo", beta=0.04, epsilon=0.2, epsilon_high=0.25), off_policy=0.0)
+    assert abs(float(plain) - float(our_loss)) > 1e-3
+
+
+def test_what_may_be_set_of_the_correction_is_what_trl_starts_with() -> None:
+    theirs = trl.GRPOConfig(output_dir="unused", use_cpu=True, bf16=False)
+    for name, value in GrpoConfig().to_json().items():
+        if name.startswith("vllm_importance_sampling"):
+            assert getattr(theirs, name) == value, name
 
 
 def relative(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
