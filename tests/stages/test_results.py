@@ -114,7 +114,7 @@ def test_the_baseline_goes_first_under_every_seed(tmp_path: Path) -> None:
     assert [(arm.name, seed) for arm, seed in study.runs()] == [("full", 0), ("full", 1), ("charged", 1)]
 
 
-@pytest.mark.parametrize("name", ["results", "ablations"])
+@pytest.mark.parametrize("name", ["results", "ablations", "rollouts"])
 def test_the_studies_that_come_with_the_project_hold_good_recipes(name: str) -> None:
     study = load_study(RECIPES / f"{name}.yaml")
     assert study.name == name
