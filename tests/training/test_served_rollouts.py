@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from adapter_server import AdapterServer, serving_adapters
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from stand_ins import ask, judge
 
-from polyground.config import GrpoConfig
+from polyground.config import GrpoConfig, Recipe
 from polyground.errors import ConfigError, EndpointError
 from polyground.models import Loaded, load_model
-from polyground.records import Example
+from polyground.records import Example, Message
 from polyground.sampling.endpoint import EndpointSampler
 from polyground.sampling.policy import PolicySampler, policy_tokens
 from polyground.sampling.vllm import Adapters
+from polyground.stages import grpo, reject, world
 from polyground.storage import read_rows
 from polyground.training.grpo import train_grpo
+from polyground.training.runs import prepare_model
 
 
 def config(**changes: Any) -> GrpoConfig:
@@ -145,6 +150,80 @@ def test_a_server_a_policy_cannot_learn_from_stops_the_run(
 ) -> None:
     with serving_adapters(toy_folder, tmp_path / "seen", **options) as server, pytest.raises(EndpointError, match=message):
         learn(toy_folder, examples, tmp_path, server, **changes)
+
+
+def policy_of(loaded: Loaded, server: AdapterServer, folder: Path, *, rank: int = 0, timeout: float = 60) -> PolicySampler:
+    return PolicySampler(
+        loaded,
+        sampler=EndpointSampler(server.url, "base", tokens=policy_tokens(loaded)),
+        adapters=Adapters([server.url], key=None, timeout=timeout),
+        folder=folder / "served",
+        version="v",
+        rank=rank,
+    )
+
+
+def test_of_two_processes_the_first_sends_the_adapter_and_the_other_waits_for_it(toy_folder: Path, tmp_path: Path) -> None:
+    policies = []
+    for _ in range(2):
+        loaded = load_model(toy_folder)
+        policies.append(replace(loaded, model=prepare_model(loaded.model, loaded.family, config(), seed=0)))
+    prompts = [[Message("user", ("where?",))]]
+    with serving_adapters(toy_folder, tmp_path / "seen") as server:
+        first, other = (policy_of(policies[rank], server, tmp_path, rank=rank) for rank in (0, 1))
+        with ThreadPoolExecutor(1) as waiting:
+            follows = waiting.submit(other.follow, 0)
+            assert not wait([follows], timeout=0.5).done
+            assert first.follow(0) == follows.result() == 0
+        asked = {"n": 2, "temperature": 1.0, "max_tokens": 4, "seed": 0}
+        assert first.sample(prompts, **asked) == other.sample(prompts, **asked)
+        assert len(server.loaded()) == 1
+        other.close()
+        assert len(server.adapters) == 1
+        first.close()
+        assert not server.adapters
+
+
+def test_an_adapter_that_nobody_sends_is_not_waited_for_in_vain(toy_folder: Path, tmp_path: Path) -> None:
+    loaded = load_model(toy_folder)
+    loaded = replace(loaded, model=prepare_model(loaded.model, loaded.family, config(), seed=0))
+    with serving_adapters(toy_folder, tmp_path / "seen") as server:
+        other = policy_of(loaded, server, tmp_path, rank=1, timeout=0.2)
+        with pytest.raises(EndpointError, match="by the first process"):
+            other.follow(0)
+        other.close()
+
+
+def test_what_is_learnt_outside_the_language_model_cannot_travel(toy_folder: Path, tmp_path: Path) -> None:
+    loaded = load_model(toy_folder)
+    everywhere = get_peft_model(loaded.model, LoraConfig(r=2, target_modules=r".*(visual\.blocks.*\.qkv|q_proj)"))
+    with serving_adapters(toy_folder, tmp_path / "seen") as server, pytest.raises(ConfigError, match=r"visual.*is outside it"):
+        policy_of(replace(loaded, model=everywhere), server, tmp_path)
+
+
+def test_the_stage_asks_the_servers_of_its_recipe_and_leaves_nothing_there(toy_folder: Path, tmp_path: Path) -> None:
+    with serving_adapters(toy_folder, tmp_path / "seen") as server:
+        recipe = Recipe.model_validate(
+            {
+                "out": tmp_path / "run",
+                "model": {"path": str(toy_folder)},
+                "world": {"train": 0, "rl": 4, "validation": 0, "test": 0, "ood": 0, "perception": 0},
+                "reject": {"num_generations": 2, "max_completion_length": 4, "min_pass_rate": None, "max_pass_rate": None},
+                "grpo": {
+                    **config(max_steps=2, num_generations=2, skip_zero_variance=False).to_json(),
+                    "start": "base",
+                    "max_completion_length": 4,
+                },
+                "servers": {"base": {"base_url": server.url, "model": "base"}},
+            }
+        )
+        world.run(recipe)
+        reject.run(recipe)
+        summary = grpo.run(recipe)
+        assert summary["endpoint"]["requests"] == len(server.answered) == 4
+        assert not server.adapters
+    assert not (tmp_path / "run" / "grpo" / "served").exists()
+    assert (tmp_path / "run" / "grpo" / "adapter" / "adapter_model.safetensors").is_file()
 
 
 def test_a_policy_without_an_adapter_cannot_travel(toy: Loaded, tmp_path: Path) -> None:

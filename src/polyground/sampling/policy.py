@@ -48,6 +48,7 @@ class PolicySampler:
     ) -> None:
         if not isinstance(loaded.model, PeftModel):
             raise ConfigError("grpo.rollout: to servers the policy travels as its LoRA adapter; set grpo.use_peft: true")
+        _require_travelling(loaded)
         self._loaded, self._sampler, self._adapters = loaded, sampler, adapters
         self._folder, self._version, self._steps_per_adapter = folder, version, steps_per_adapter
         self._prefix = f"polyground-{hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:8]}-"
@@ -135,6 +136,16 @@ class PolicySampler:
             _remove(self._folder)
         self._name = None
         self._sampler.close()
+
+
+def _require_travelling(loaded: Loaded) -> None:
+    """Refuse what is learnt beside the language model: vLLM loads such an adapter without a word and leaves that part out."""
+    inside = {id(parameter) for parameter in loaded.family.language_model(loaded.model).parameters()}
+    outside = [name for name, p in loaded.model.named_parameters() if p.requires_grad and id(p) not in inside]
+    if outside:
+        raise ConfigError(
+            f"grpo.rollout: vLLM applies adapters to the language model alone, and {outside[0]} is outside it; use rollout: local"
+        )
 
 
 def policy_tokens(loaded: Loaded) -> Tokens:
