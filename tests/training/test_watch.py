@@ -175,6 +175,10 @@ SICK: dict[str, dict[str, tuple[float, float]]] = {
     "reasoning_vanishing": {"reasoning/mean_length": (150.0, 5.0)},
     "cut_off": {"completions/clipped_ratio": (0.02, 0.5)},
     "kl": {"kl": (0.0, 2.0)},
+    "engines_apart": {
+        "sampling/importance_sampling_ratio/mean": (0.9, 0.3),
+        "sampling/sampling_logp_difference/mean": (0.02, 0.2),
+    },
     "wrong_image": {"wrong_image": (0.3, 0.8)},
 }
 

@@ -55,6 +55,8 @@ REASONING_MISSING = 0.3
 """Rise of the share of completions without any reasoning."""
 CUT_OFF = 0.2
 """Share of completions that met the token budget: they are scored as unreadable, and the policy is taught to be short."""
+ENGINES_APART = 0.5
+"""Mean weight of what a server has sampled: below, half of the work is lost, or its gradient is that of another policy."""
 KL = 1.0
 """Nats per token: under the starting policy the tokens are e times less likely each, on average."""
 
@@ -345,6 +347,17 @@ def _far_from_the_start(watch: Watch) -> str | None:
     )
 
 
+def _engines_apart(watch: Watch) -> str | None:
+    now, gap = (watch.now(f"sampling/{name}/mean") for name in ("importance_sampling_ratio", "sampling_logp_difference"))
+    if now is None or gap is None or now >= ENGINES_APART:
+        return None
+    return (
+        f"What the server samples weighs {now:.2g} on average: its log-probabilities are {gap:.2g} nats per token from the "
+        "policy's, and most of the rollouts teach nothing. Try max_staleness 0, the server in the dtype of the training, or "
+        "vllm_importance_sampling_mode token_truncate."
+    )
+
+
 def _wrong_images(watch: Watch) -> str | None:
     return _risen(
         watch,
@@ -373,6 +386,7 @@ RULES: Mapping[str, Callable[[Watch], str | None]] = {
     "cut_off": _cut_off,
     "kl": _far_from_the_start,
     "wrong_image": _wrong_images,
+    "engines_apart": _engines_apart,
 }
 """What is looked for, by the kind of its warning; `not_finite` is looked for besides, in every line."""
 
