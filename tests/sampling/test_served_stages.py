@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -14,12 +16,14 @@ from fault_server import FaultServer, serving
 from pydantic import ValidationError
 
 from polyground.config import EvaluateConfig, GrpoConfig, Recipe, RejectConfig, load_recipe
-from polyground.errors import ConfigError, EndpointError
+from polyground.errors import BudgetError, ConfigError, EndpointError
 from polyground.stages import evaluate, reject, world
 from polyground.storage import read_json, read_rows
 
 TEXT = '<think>Image 1 shows it quite well.</think><answer>[{"image": 1, "bbox_2d": [0, 0, 1000, 1000]}]</answer>'
 QUESTIONS = 10
+# The stand-in counts words, not tokens.
+ENDPOINT = {"concurrency": 2, "check_prompt_tokens": False, "retries": 0}
 
 
 def recipe_for(out: Path, server: FaultServer | None, **changes: Any) -> Recipe:
@@ -32,8 +36,7 @@ def recipe_for(out: Path, server: FaultServer | None, **changes: Any) -> Recipe:
         "evaluate": {"sampler": "endpoint", "models": ["base"], "bootstrap": 0},
         "servers": {
             "base": {"base_url": url, "model": "m"},
-            # The stand-in counts words, not tokens.
-            "endpoint": {"concurrency": 2, "check_prompt_tokens": False, "retries": 0},
+            "endpoint": ENDPOINT,
         },
     }
     for section, keys in changes.items():
@@ -82,6 +85,36 @@ def test_a_base_that_answers_in_its_own_form_is_read_and_images_go_as_the_model_
     assert results["tags"]["decoding"]["sampler"] == "served"
     rows = list(read_rows(built / "evaluate" / "base" / "test.jsonl"))
     assert {row["score"]["unreadable"] for row in rows} == {None}
+
+
+@pytest.mark.parametrize(
+    ("stage", "rows"), [(reject, "reject/rollouts.jsonl"), (evaluate, "evaluate/base/test.jsonl")], ids=["reject", "evaluate"]
+)
+def test_parts_on_a_server_make_the_rows_of_one_process_and_the_whole_asks_nothing(
+    built: Path, tmp_path_factory: pytest.TempPathFactory, stage: ModuleType, rows: str
+) -> None:
+    with serving(text=TEXT) as server:
+        recipe = recipe_for(built, server, servers={"endpoint": {**ENDPOINT, "prompt_price": 1.0}})
+        for part in ("1/2", "0/2"):
+            stage.run(recipe.model_copy(update={"shard": part}))
+        assert len(server.answered) == QUESTIONS
+        stage.run(recipe)
+        assert len(server.answered) == QUESTIONS
+        calm = tmp_path_factory.mktemp("calm")
+        shutil.copytree(built / "world", calm / "world")
+        stage.run(recipe.model_copy(update={"out": calm}))
+    assert _keys(built / rows) == _keys(calm / rows)
+    told, alone = (read_json((out / rows).parent / "manifest.json")["summary"]["endpoint"] for out in (built, calm))
+    assert told == {name: alone[name] for name in ("requests", "prompt_tokens", "completion_tokens", "cost")}
+
+
+def _keys(path: Path) -> list[str]:
+    return [row.get("key") or row["example"] for row in read_rows(path)]
+
+
+def test_a_spent_budget_names_the_key_to_raise(built: Path) -> None:
+    with serving(text=TEXT) as server, pytest.raises(BudgetError, match=r"raise servers\.endpoint\.max_tokens"):
+        reject.run(recipe_for(built, server, servers={"endpoint": {**ENDPOINT, "max_tokens": 1}}))
 
 
 BLOCKED = """
