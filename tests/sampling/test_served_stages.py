@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from polyground.config import EvaluateConfig, GrpoConfig, Recipe, RejectConfig, load_recipe
 from polyground.errors import BudgetError, ConfigError, EndpointError
 from polyground.stages import evaluate, reject, world
-from polyground.storage import read_json, read_rows
+from polyground.storage import RunFolder, read_json, read_rows
 
 TEXT = '<think>Image 1 shows it quite well.</think><answer>[{"image": 1, "bbox_2d": [0, 0, 1000, 1000]}]</answer>'
 QUESTIONS = 10
@@ -142,9 +142,8 @@ def test_a_served_model_is_sampled_without_torch(built: Path, verb: str) -> None
 
 
 def test_a_model_that_is_nowhere_served_is_named_before_anything_is_asked(built: Path) -> None:
-    merged = built / "sft-merged"
-    merged.mkdir()
-    (merged / "manifest.json").write_text("{}", encoding="utf-8")
+    with RunFolder(built / "sft-merged", "merge", {}) as merged:
+        merged.finish({})
     with serving(text=TEXT) as server:
         with pytest.raises(ConfigError, match=r"asks the sft model; say in servers\.sft"):
             evaluate.run(recipe_for(built, server, evaluate={"models": None}))
