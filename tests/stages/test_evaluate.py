@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 
 from polyground.config import load_recipe
+from polyground.errors import StorageError
 from polyground.metrics import paired_difference, summarize
 from polyground.stages import evaluate
 from polyground.stages.evaluate import read_rollouts, tabulate
@@ -55,6 +57,14 @@ def test_more_resamples_need_no_new_answers(toy: Path, finished: Path) -> None:
 def test_models_that_are_not_made_yet_are_left_out(toy: Path, tmp_path: Path) -> None:
     recipe = load_recipe(toy / "recipe.yaml", ["--out", str(tmp_path)])
     assert evaluate.present_roles(recipe) == ["base"]
+
+
+def test_a_damaged_model_is_not_taken_for_one_that_is_not_made_yet(toy: Path, finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished / "sft-merged", tmp_path / "sft-merged")
+    with (tmp_path / "sft-merged" / "model.safetensors").open("ab") as file:
+        file.truncate(100)
+    with pytest.raises(StorageError, match="has 100 bytes"):
+        evaluate.present_roles(load_recipe(toy / "recipe.yaml", ["--out", str(tmp_path)]))
 
 
 @pytest.mark.parametrize("role", ["base", "sft", "rl"])

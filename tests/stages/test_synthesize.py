@@ -68,8 +68,8 @@ def test_a_scripted_teacher_refuses_data_it_does_not_know(tmp_path: Path) -> Non
     recipe = Recipe.model_validate(
         {"out": tmp_path, "data": {"train": [{"source": "mig_bench", "path": annotation}]}, "synthesize": {"teacher": "scripted"}}
     )
-    with pytest.raises(ConfigError, match="scripted"):
-        synthesize.open_teacher(recipe, "train", [])
+    with pytest.raises(ConfigError, match="scripted"), synthesize.open_teacher(recipe, "train", []):
+        pass
 
 
 SEEN = {"a.png": (140, 280), "b.png": (560, 280)}

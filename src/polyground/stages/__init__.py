@@ -130,7 +130,7 @@ def student(recipe: Recipe, role: str, *, sampler: Sampling, stage: str) -> Iter
             served.urls,
             served.model,
             recipe.servers.endpoint,
-            cache=_answers(recipe, stage),
+            cache=answers_folder(recipe, stage),
             api_key_env=served.api_key_env,
             convention=convention,
             section="servers.endpoint",
@@ -150,11 +150,12 @@ def spent_before(recipe: Recipe, *, sampler: Sampling, stage: str) -> dict[str, 
     from polyground.sampling.responses import Prices, Responses
 
     config = recipe.servers.endpoint
-    spending = Responses.looked_at(config.cache or _answers(recipe, stage)).spending
+    spending = Responses.looked_at(config.cache or answers_folder(recipe, stage)).spending
     return {"endpoint": spending.told(Prices(prompt=config.prompt_price, completion=config.completion_price))}
 
 
-def _answers(recipe: Recipe, stage: str) -> Path:
+def answers_folder(recipe: Recipe, stage: str) -> Path:
+    """Where the answers of servers to a stage are kept, unless the recipe names a folder."""
     return recipe.out / "answers" / stage
 
 

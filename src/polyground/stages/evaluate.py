@@ -29,7 +29,7 @@ from polyground.benchmarks import tabulate as tabulate_benchmark
 from polyground.config import Recipe
 from polyground.conventions import Convention, load_convention
 from polyground.detection import require_pycocotools
-from polyground.errors import ConfigError, StorageError
+from polyground.errors import ConfigError
 from polyground.geometry import Grid
 from polyground.imagefile import image_size
 from polyground.metrics import outcomes, paired_difference, summarize
@@ -54,7 +54,7 @@ from polyground.stages import (
     track,
     upstream,
 )
-from polyground.storage import atomic_write_json, read_rows
+from polyground.storage import MANIFEST, atomic_write_json, read_rows
 
 PAIRS = (("base", "sft"), ("sft", "rl"), ("base", "rl"))
 """Which models are compared: first and second of each difference (second minus first)."""
@@ -121,7 +121,10 @@ def _require_compat(recipe: Recipe) -> None:
 
 
 def present_roles(recipe: Recipe) -> list[str]:
-    """The models that exist by now, of those the recipe wants; the base always does. Raises StorageError when none exists."""
+    """The models that exist by now, of those the recipe wants; the base always does.
+
+    Raises StorageError when none exists, and for one that is damaged.
+    """
     wanted = [role for role in ROLES if recipe.evaluate.models is None or role in recipe.evaluate.models]
     found = [role for role in wanted if _exists(recipe, role)]
     if not found:
@@ -130,10 +133,10 @@ def present_roles(recipe: Recipe) -> list[str]:
 
 
 def _exists(recipe: Recipe, role: str) -> bool:
-    try:
-        model_path(recipe, role)
-    except StorageError:
+    folder = ROLES[role]
+    if folder is not None and not (recipe.out / folder / MANIFEST).is_file():
         return False
+    model_path(recipe, role)
     return True
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -31,6 +31,7 @@ from polyground.sampling.forecast import Asking, Estimate, Forecast
 from polyground.sampling.scripted import ScriptedSampler
 from polyground.stages import (
     aligned,
+    answers_folder,
     gather_parts,
     own_share,
     own_splits,
@@ -80,33 +81,9 @@ def run(recipe: Recipe) -> Mapping[str, Any]:
         left = [example for example in examples if example.key not in done]
         for line in cost_lines(recipe, left):
             say(line)
-        teacher = open_teacher(recipe, "train", examples)
-        judge = open_judge(recipe, teacher)
-        tried = partial(
-            attempts_at, config=config, teacher=teacher, judge=judge, scoring=Scorer(recipe.rewards).score, seed=recipe.seed
-        )
-
-        def outcomes() -> Iterator[tuple[Example, list[Attempt]]]:
-            for few in (left[start : start + teacher.batch] for start in range(0, len(left), teacher.batch)):
-                yield from zip(few, tried(few), strict=True)
-
-        def record(example: Example, attempts: Sequence[Attempt]) -> None:
-            _keep_or_drop(folder, example, attempts, origin=_origin(recipe, teacher, judge))
-            done.add(example.key)
-
-        stopped: dict[str, Any] = {}
-        try:
-            for example, attempts in track(outcomes(), "synthesize", total=len(examples), done=len(done)):
-                record(example, attempts)
-        except BudgetError as error:
-            if config.endpoint.on_budget == "stop":
-                raise
-            stopped = {"stopped": str(error)}
-            # Of the batch that was cut, what has been answered.
-            for example in [example for example in left if example.key not in done][: teacher.batch]:
-                with suppress(BudgetError):
-                    record(example, *tried([example]))
-        summary = _summarize(folder, asked=len(done)) | stopped | _usage(teacher, judge)
+        with open_teacher(recipe, "train", examples) as teacher, open_judge(recipe, teacher) as judge:
+            spent = _ask_all(recipe, folder, left, teacher=teacher, judge=judge, done=done)
+        summary = _summarize(folder, asked=len(done)) | spent
         if shard is not None:
             return folder.finish({"shard": str(shard), **summary}).summary
         if not summary["kept"]:
@@ -114,35 +91,70 @@ def run(recipe: Recipe) -> Mapping[str, Any]:
         return folder.finish(summary).summary
 
 
-def open_teacher(recipe: Recipe, split: str, examples: Sequence[Example]) -> Teacher:
-    """The recipe's teacher for the examples of a split."""
+def _ask_all(
+    recipe: Recipe, folder: RunFolder, left: Sequence[Example], *, teacher: Teacher, judge: Judge | None, done: set[str]
+) -> dict[str, Any]:
+    """Keep or drop what comes of each example, whose key is then among `done`; what was spent, and what stopped it early."""
+    config = recipe.synthesize
+    scoring = Scorer(recipe.rewards).score
+    tried = partial(attempts_at, config=config, teacher=teacher, judge=judge, scoring=scoring, seed=recipe.seed)
+
+    def outcomes() -> Iterator[tuple[Example, list[Attempt]]]:
+        for few in (left[start : start + teacher.batch] for start in range(0, len(left), teacher.batch)):
+            yield from zip(few, tried(few), strict=True)
+
+    def record(example: Example, attempts: Sequence[Attempt]) -> None:
+        _keep_or_drop(folder, example, attempts, origin=_origin(recipe, teacher, judge))
+        done.add(example.key)
+
+    stopped: dict[str, Any] = {}
+    try:
+        for example, attempts in track(outcomes(), "synthesize", total=len(done) + len(left), done=len(done)):
+            record(example, attempts)
+    except BudgetError as error:
+        if config.endpoint.on_budget == "stop":
+            raise
+        stopped = {"stopped": str(error)}
+        # Of the batch that was cut, what has been answered.
+        for example in [example for example in left if example.key not in done][: teacher.batch]:
+            with suppress(BudgetError):
+                record(example, *tried([example]))
+    return stopped | _usage(teacher, judge)
+
+
+@contextmanager
+def open_teacher(recipe: Recipe, split: str, examples: Sequence[Example]) -> Iterator[Teacher]:
+    """The recipe's teacher for the examples of a split; its servers are let go of at the end."""
     config = recipe.synthesize
     grids_of, convention = teacher_grids(config)
     ask, explain = (ask_of(grids_of, template=template, advice=config.task_advice) for template in ("ask", "explain"))
     if config.teacher == "scripted":
         sampler, name, batch = _scripted(recipe, split, examples)
-        return Teacher(name=name, sampler=sampler, ask=ask, explain=explain, batch=batch)
+        yield Teacher(name=name, sampler=sampler, ask=ask, explain=explain, batch=batch)
+        return
     if not config.teacher_base_url or config.teacher_model is None:
         raise ConfigError("synthesize.teacher: endpoint needs teacher_base_url and teacher_model")
-    served = _served(
-        recipe, config.teacher_base_url, config.teacher_model, config.endpoint, "synthesize", config.api_key_env, convention
-    )
-    # Enough that the servers are not idle while the last answers of a batch come in.
-    batch = max(16, 4 * config.endpoint.concurrency)
-    return Teacher(name=config.teacher_model, sampler=served, ask=ask, explain=explain, batch=batch, usage=lambda: served.usage)
+    url, model = config.teacher_base_url, config.teacher_model
+    with _served(recipe, url, model, config.endpoint, "synthesize", config.api_key_env, convention) as served:
+        # Enough that the servers are not idle while the last answers of a batch come in.
+        batch = max(16, 4 * config.endpoint.concurrency)
+        yield Teacher(name=model, sampler=served, ask=ask, explain=explain, batch=batch, usage=lambda: served.usage)
 
 
-def open_judge(recipe: Recipe, teacher: Teacher) -> Judge | None:
-    """The recipe's judge, who may be the teacher; None for no judge."""
+@contextmanager
+def open_judge(recipe: Recipe, teacher: Teacher) -> Iterator[Judge | None]:
+    """The recipe's judge, who may be the teacher; None for no judge. Its servers are let go of at the end."""
     config = recipe.synthesize.judge
     if config is None:
-        return None
+        yield None
+        return
     if not config.base_url or config.model is None:
         grids_of, _ = teacher_grids(recipe.synthesize)
-        return Judge(name=teacher.name, sampler=teacher.sampler, grids_of=grids_of)
+        yield Judge(name=teacher.name, sampler=teacher.sampler, grids_of=grids_of)
+        return
     grids_of, convention = judge_grids(recipe.synthesize)
-    served = _served(recipe, config.base_url, config.model, config.endpoint, "judge", config.api_key_env, convention)
-    return Judge(name=config.model, sampler=served, grids_of=grids_of, usage=lambda: served.usage)
+    with _served(recipe, config.base_url, config.model, config.endpoint, "judge", config.api_key_env, convention) as served:
+        yield Judge(name=config.model, sampler=served, grids_of=grids_of, usage=lambda: served.usage)
 
 
 def ask_of(grids_of: GridsOf, *, template: str = "ask", advice: Mapping[str, str] | None = None) -> Ask:
@@ -230,15 +242,11 @@ def _served(
         url,
         model,
         config,
-        cache=_answers(recipe, role),
+        cache=answers_folder(recipe, role),
         api_key_env=key_env,
         convention=convention,
         section="judge.endpoint" if role == "judge" else "endpoint",
     )
-
-
-def _answers(recipe: Recipe, role: str) -> Path:
-    return recipe.out / "answers" / role
 
 
 def _deciding(config: SynthesizeConfig) -> dict[str, Any]:
@@ -400,7 +408,7 @@ def _teacher_asking(recipe: Recipe) -> Asking:
     return Asking(
         model=str(config.teacher_model),
         config=config.endpoint,
-        cache=_answers(recipe, "synthesize"),
+        cache=answers_folder(recipe, "synthesize"),
         convention=teacher_grids(config)[1],
         n=config.samples_per_example,
         options={"temperature": config.temperature, "top_p": 1.0, "max_tokens": config.max_completion_length},
@@ -417,7 +425,7 @@ def _judge_asking(recipe: Recipe) -> tuple[Asking, str]:
     asking = Asking(
         model=str(judge.model if own else config.teacher_model),
         config=judge.endpoint if own else config.endpoint,
-        cache=_answers(recipe, "judge" if own else "synthesize"),
+        cache=answers_folder(recipe, "judge" if own else "synthesize"),
         convention=judge_grids(config)[1],
         n=judge.samples,
         options={"temperature": judge.temperature, "top_p": 1.0, "max_tokens": judge.max_completion_length},
