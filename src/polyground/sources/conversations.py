@@ -293,6 +293,7 @@ class _Row:
     """Of the row's images that had to be measured."""
 
     def example(self, turn: Turn, key: str, task: str | None, meta: Mapping[str, Any]) -> Example:
+        """A question with boxes or a letter as its answer. RowError of reason malformed, no_images or too_many."""
         if max(len(turn.question), len(turn.answer)) > LONGEST:
             raise RowError("malformed", f"a question or answer of more than {LONGEST:,} characters")
         if not self.images:

@@ -310,6 +310,7 @@ class _Report:
             raise DataError(f"{plan.path}: {why}; nothing was written{named}")
 
     def text(self, plan: _Plan) -> str:
+        """For a terminal: rows read, written and left out, each with its reason."""
         bad = self.reasons.total()
         lines = [
             f"read      {self.written + bad} rows of {plan.path} ({plan.source})",

@@ -533,6 +533,7 @@ class _Report:
     # In words ---------------------------------------------------------------------------------------------------------
 
     def text(self) -> str:
+        """For a terminal: what was counted, what is wrong, and what to do about it."""
         blocks = [self._head()]
         blocks.append(_counted("rows by task", self.everything, lambda split: split.tasks))
         blocks.append(_counted("rows by number of images", self.everything, lambda split: split.image_counts))

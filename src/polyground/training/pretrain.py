@@ -274,6 +274,7 @@ class Trainer:
         return self.work / "last.pt"
 
     def save(self) -> None:
+        """Write checkpoint, weights and curve; a kill leaves the checkpoint before this one whole."""
         self.work.mkdir(parents=True, exist_ok=True)
         state = {
             "model": self.model.state_dict(),
@@ -382,6 +383,7 @@ class Trainer:
         return self.held_out.accuracy(self.model, self.box_head, self.vision)
 
     def plan(self, phase: str) -> Plan:
+        """What the producers are to draw: scenes only while the vision tower learns to `see`, samples of text after that."""
         s = self.settings
         return Plan(
             tokenizer=self.model_folder / "tokenizer.json",

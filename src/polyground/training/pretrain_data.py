@@ -185,6 +185,7 @@ class Encoder:
         return out
 
     def pad(self, samples: list[Sample]) -> Rows:
+        """One batch, padded on the right to its longest row; labels are `IGNORED` on prompts and padding."""
         rows = [self.row(sample) for sample in samples]
         longest = max(len(ids) for ids, _ in rows)
         input_ids = np.full((len(rows), longest), self.pad_id, dtype=np.int64)

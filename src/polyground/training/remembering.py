@@ -106,6 +106,7 @@ class Remembering:
         return self.encode_images_of(model, [prompt])[0]
 
     def encode_images_of(self, model: Any, prompts: Sequence[Prompt]) -> list[ImageFeatures]:
+        """Of each prompt: those of the cache or of this step where they are there, the rest encoded together."""
         device = next(model.parameters()).device
         for prompt in prompts:
             if (features := self._from_cache.pop(id(prompt), None)) is not None:
