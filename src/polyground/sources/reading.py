@@ -364,7 +364,7 @@ class ImageRoot:
         return tuple(self.path(name) for name in names)
 
     def path(self, name: Any) -> Path:
-        """A file below the folder, an embedded image stored first. RowError of reason malformed, unsafe_path or embedded_image."""
+        """A file below the folder, an embedded image stored first. RowError: malformed, unsafe_path or embedded_image."""
         if isinstance(name, bytes):
             return self._stored(name, None)
         if isinstance(name, dict):
