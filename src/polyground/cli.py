@@ -232,11 +232,12 @@ def _ground(rest: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="polyground ground", description=_GROUND, allow_abbrev=False)
     parser.add_argument("images", nargs="+", type=Path, help="image files, in the order the question counts them")
     parser.add_argument("-q", "--question", required=True)
-    parser.add_argument("--model", required=True, help='a model folder, or "tiny" for the embedded base')
+    parser.add_argument("--model", required=True, help='a model folder, a run folder, or "tiny" for the embedded base')
+    parser.add_argument("--role", choices=("base", "sft", "rl"), help="which model of a run (default: the last one there is)")
     parser.add_argument("--out", type=Path, help="write the images side by side, the answer drawn, to this file")
-    parser.add_argument("--instruction", default="", help="appended to the question, as in the recipe the model was trained with")
-    parser.add_argument("--max-tokens", type=int, default=256)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--instruction", help="appended to the question (default: as in the run that trained the model)")
+    parser.add_argument("--max-tokens", type=int, default=256, help="length of the reply (default %(default)s)")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="default: as stored")
     found = parser.parse_args(rest)
     from polyground.demo import ground
 
@@ -245,6 +246,7 @@ def _ground(rest: Sequence[str]) -> int:
         found.model,
         found.images,
         question=found.question,
+        role=found.role,
         instruction=found.instruction,
         out=found.out,
         max_tokens=found.max_tokens,
