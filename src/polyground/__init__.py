@@ -32,7 +32,7 @@ def load(
         path: `tiny` for the packaged base, a folder in the Hugging Face layout, or a run's `out`.
         role: Of a run: `base`, `sft` or `rl`. By default the last one that is there.
         instruction: What follows every question. By default what the run was trained with, and nothing for other folders.
-        max_pixels_total: Pixels that the images of one question share. By default as the run was trained, else the folder's limit.
+        max_pixels_total: Pixels that the images of one question share. By default as in training, else the folder's limit.
         dtype: `float32`, `bfloat16`, `float16`, or `auto` for the precision the weights are stored in.
         device: Such as `cuda:1`. By default a GPU where there is one, else the CPU.
 
@@ -42,6 +42,4 @@ def load(
     """
     from polyground.grounder import open_grounder
 
-    return open_grounder(
-        path, role=role, instruction=instruction, max_pixels_total=max_pixels_total, dtype=dtype, device=device
-    )
+    return open_grounder(path, role=role, instruction=instruction, max_pixels_total=max_pixels_total, dtype=dtype, device=device)

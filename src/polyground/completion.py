@@ -59,7 +59,8 @@ def _bash(commands: Mapping[str, Command]) -> str:
     lines = [
         "# bash completion of polyground; load it with:  source <(polyground completion bash)",
         "_polyground() {",
-        '    local word="${COMP_WORDS[COMP_CWORD]}" before="${COMP_WORDS[COMP_CWORD-1]}" verb="${COMP_WORDS[1]}" keys="" words=""',
+        '    local word="${COMP_WORDS[COMP_CWORD]}" before="${COMP_WORDS[COMP_CWORD-1]}"',
+        '    local verb="${COMP_WORDS[1]}" keys="" words=""',
         "    COMPREPLY=()",
         '    if [ "$COMP_CWORD" -eq 1 ]; then',
         f'        COMPREPLY=($(compgen -W "{verbs} --help --version" -- "$word"))',

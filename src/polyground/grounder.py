@@ -174,9 +174,7 @@ class Grounder:
         kept, paths = _as_files(given)
         check_images(paths)
         grids = self.loaded.family.grids(paths)
-        example = Example(
-            key="ask", task="ask", images=tuple(paths), question=question, target=Answer(), choices=tuple(choices)
-        )
+        example = Example(key="ask", task="ask", images=tuple(paths), question=question, target=Answer(), choices=tuple(choices))
         messages = student_messages(example, grids, instruction=self.instruction)
         [[completion]] = self._sampler.sample([messages], n=1, temperature=temperature, max_tokens=max_tokens, seed=seed)
         answer = read_answer(completion.text, grids, native=self.loaded.family.native)
@@ -246,7 +244,9 @@ def resolve(path: Path | str, role: str | None = None) -> tuple[Path | str, Told
 
 
 def _is_run(folder: Path) -> bool:
-    return any((folder / name).is_dir() for name in (*_TRAINED, *filter(None, ROLES.values()), "evaluate", "synthesize", "reject"))
+    return any(
+        (folder / name).is_dir() for name in (*_TRAINED, *filter(None, ROLES.values()), "evaluate", "synthesize", "reject")
+    )
 
 
 def _base_of(run: Path) -> tuple[str, Mapping[str, Any]]:
