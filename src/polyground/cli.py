@@ -225,7 +225,7 @@ def _verb_help(verb: str, asked: Sequence[str] = ()) -> str:
     lines = [f"usage: polyground {verb} RECIPE [--key value …] [--dry-run]", "", STAGES[verb], ""]
     lines.append(f"keys of section {verb!r}:" if own else "keys of the recipe:")
     for name, info in section.model_fields.items():
-        head = f"  --{name}  ({_default(info)})"
+        head = f"  --{name}  ({_default(info)})".ljust(_COLUMN)
         lines.append(f"{head}  {_first_sentence(info.description, WIDTH - len(head) - 2)}".rstrip())
     pages = [f"`polyground {verb} --help KEY` explains a key; docs/reference.md has all keys of all sections"]
     return "\n".join([*lines, "", *pages])
@@ -233,6 +233,8 @@ def _verb_help(verb: str, asked: Sequence[str] = ()) -> str:
 
 WIDTH = 130
 """Columns of the help; whatever is longer is cut at a word."""
+_COLUMN = 44
+"""Where the explanations of keys begin, unless name and default need more."""
 
 
 def _section(verb: str) -> tuple[Any, bool]:
@@ -304,13 +306,26 @@ def _tool_parser(verb: str) -> tuple[argparse.ArgumentParser, Any]:
     return parser, module
 
 
-def _completion(rest: Sequence[str]) -> int:
-    from polyground.completion import SHELLS, script
+def _completion_parser() -> argparse.ArgumentParser:
+    from polyground.completion import SHELLS
 
     parser = argparse.ArgumentParser(prog="polyground completion", description=OWN["completion"], allow_abbrev=False)
-    parser.add_argument("shell", choices=SHELLS, help="add `source <(polyground completion bash)` to ~/.bashrc, say")
-    print(script(parser.parse_args(rest).shell, commands()))
+    parser.add_argument("shell", choices=SHELLS, help="the shell it is for")
+    return parser
+
+
+def _completion(rest: Sequence[str]) -> int:
+    from polyground.completion import script
+
+    print(script(_completion_parser().parse_args(rest).shell, commands()))
     return 0
+
+
+def command_parser(verb: str) -> argparse.ArgumentParser:
+    """What a verb without a recipe takes."""
+    if verb == "ground":
+        return _ground_parser()
+    return _completion_parser() if verb == "completion" else _tool_parser(verb)[0]
 
 
 def commands() -> dict[str, Command]:
