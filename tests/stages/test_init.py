@@ -1,10 +1,9 @@
-"""Facts about `polyground init`: a recipe that loads, splits that share no image with what is measured, and nothing overwritten."""
+"""Facts about `polyground init`: a recipe that loads, splits that share no image with what is measured, nothing overwritten."""
 
 from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -210,7 +209,7 @@ def test_hostile_names_stay_values(data: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def qwen(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A toy folder whose config.json says the sizes of Qwen2.5-VL-7B."""
     folder = write_toy(tmp_path_factory.mktemp("model") / "qwen", "qwen2_5_vl")
     (folder / "model.safetensors").unlink()
@@ -219,7 +218,7 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     config["text_config"] |= {"num_attention_heads": 28, "num_key_value_heads": 4}
     config["text_config"].pop("layer_types", None)
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    yield folder
+    return folder
 
 
 def test_a_budget_is_chosen_that_fits_the_gpu(data: Path, qwen: Path) -> None:

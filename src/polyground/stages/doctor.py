@@ -26,7 +26,7 @@ from polyground import __version__
 from polyground.config import Recipe, load_recipe
 from polyground.errors import PolygroundError, StorageError
 from polyground.extras import BASE, EXTRAS, Extra, install_command
-from polyground.memory import Prompts, grpo_memory, model_size, readable, sft_memory
+from polyground.memory import Prompts, grpo_memory, many, model_size, readable, sft_memory
 from polyground.stages import own_splits
 
 OLDEST_PYTHON = (3, 11)
@@ -322,7 +322,7 @@ def _recipe_files(recipe: Recipe) -> Iterator[Finding]:
         yield Finding("model", "missing", f"{path} is no model folder", "download the model there, or change model.path")
     else:
         size = model_size(path)
-        yield Finding("model", "ok", f"{path}: {size.model_type}, {size.parameters / 1e9:.3g} billion parameters")
+        yield Finding("model", "ok", f"{path}: {size.model_type}, {many(size.parameters)} parameters")
     gone = [f"data.{split} {file.path}" for split, files in own_splits(recipe).items() for file in files if _is_gone(file.path)]
     if gone:
         yield Finding(

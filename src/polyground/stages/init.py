@@ -29,7 +29,7 @@ from polyground.conventions import GRIDS, Convention, load_convention
 from polyground.errors import ConfigError, DataError, PolygroundError, StorageError, UsageError
 from polyground.exports import Style, names_under, write_row
 from polyground.imagefile import image_size
-from polyground.memory import ModelSize, Prompts, grpo_memory, model_size, readable, sft_memory
+from polyground.memory import ModelSize, Prompts, grpo_memory, many, model_size, readable, sft_memory
 from polyground.prompts import student_messages
 from polyground.records import Example
 from polyground.sources import SOURCES, BadRow, Item
@@ -166,7 +166,7 @@ class _Model:
     @property
     def about(self) -> str:
         boxes = "0-1000" if self.convention.per_mille else "pixels of the resized image"
-        return f"{self.size.model_type}, {self.size.parameters / 1e9:.3g} billion parameters, boxes in {boxes}"
+        return f"{self.size.model_type}, {many(self.size.parameters)} parameters, boxes in {boxes}"
 
 
 def _look_at_model(path: str) -> _Model:
@@ -507,20 +507,26 @@ def _recipe_text(
     name = recipe.stem
     url, teacher_model = teacher if teacher[0] else _NO_TEACHER
     shown = shlex.quote(str(recipe))
+    steps = {
+        f"polyground doctor {shown}": "what this machine lacks for it",
+        f"polyground check-coords {shown} train --out boxes.png": "the boxes, drawn: look before training",
+        f"polyground validate {shown}": "rows, images, leakage, tokens, memory",
+        f"polyground run {shown} --dry-run": "what would be done",
+        f"polyground run {shown}": "",
+    }
     data = [
-        f"  {split}: [{_yaml({'source': file.source, 'path': str(file.path), 'options': dict(file.options)})}]"
-        f" # {shares[split]:,} questions"
+        line
         for split, file in splits.items()
+        for line in (
+            f"  {split}: # {shares[split]:,} questions",
+            f"    - {_yaml({'source': file.source, 'path': str(file.path), 'options': dict(file.options)})}",
+        )
     ]
     later = "" if teacher[0] else " # CHANGE: no teacher was named; address and model are placeholders"
     lines = [
         f"# {name}: {model.about}.",
         "# Written by `polyground init`; a key that is left out has its default, and docs/reference.md lists all of them.",
-        f"#   polyground doctor {shown}             what this machine lacks for it",
-        f"#   polyground check-coords {shown} train --out boxes.png   the boxes, drawn: look before training",
-        f"#   polyground validate {shown}           rows, images, leakage, tokens, memory",
-        f"#   polyground run {shown} --dry-run      what would be done",
-        f"#   polyground run {shown}",
+        *(f"#   {command:<{max(map(len, steps))}}   {what}".rstrip() for command, what in steps.items()),
         "",
         f"name: {_yaml(name)}",
         f"out: {_yaml(options.out or f'runs/{name}')}",
@@ -618,7 +624,9 @@ def _report(
     rows = [[split, f"{count:,}"] for split, count in shares.items()]
     lines += ["", aligned(["split", "questions"], rows)]
     if "data" in files:
-        lines.append("no image of validation or test is in another split; train and rl share images, and no question")
+        lines.append(
+            "no image file of validation or test is in another split; train and rl may share images, and share no question"
+        )
     if "test" not in shares:
         lines.append(
             "nothing is held out to measure with: the questions share their images, or are few. Give --test a file of its own"
