@@ -5,6 +5,7 @@ A merged model of a run is asked as it was trained, with its instruction and its
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from polyground.answer import Answer, Located, Unreadable, read_answer, reasoning_of
-from polyground.conventions import model_folder
+from polyground.conventions import TINY, model_folder
 from polyground.errors import DataError, ModelError, StorageError
 from polyground.geometry import Box
 from polyground.prompts import student_messages
@@ -51,7 +52,7 @@ class Found:
     """(x0, y0, x1, y1) of the image *file*; None where the image is not named among images of different sizes."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True, repr=False)
 class Grounding:
     """What a model said to one question. In a notebook it shows itself as the images with the boxes drawn."""
 
@@ -62,7 +63,7 @@ class Grounding:
     answer: Answer | Unreadable
     boxes: tuple[Found, ...] = ()
     """Empty for "not there", a multiple choice, or an answer that could not be read."""
-    _kept: TemporaryDirectory[str] | None = field(default=None, repr=False, compare=False)
+    _kept: TemporaryDirectory[str] | None = field(default=None, compare=False)
     """Holds pictures that came from memory, as long as somebody may want to see them."""
 
     @property
@@ -132,6 +133,9 @@ class Grounding:
             lines.append(f"{where}{at}")
         return "\n".join(lines)
 
+    def __repr__(self) -> str:
+        return f"<{self.question!r}: {'; '.join(str(self).splitlines())}>"
+
     def _repr_png_(self) -> bytes:
         # What Jupyter looks for on a value it displays.
         data: bytes = self.show()._repr_png_()
@@ -151,7 +155,8 @@ class Grounder:
 
     def __repr__(self) -> str:
         kind = self.loaded.config["model_type"]
-        return f"Grounder({str(self.loaded.path)!r}, {kind}, instruction={self.instruction!r}, on {self.loaded.device})"
+        path = "tiny" if self.loaded.path == TINY else str(self.loaded.path)
+        return f"Grounder({path!r}, {kind}, instruction={self.instruction!r}, on {self.loaded.device})"
 
     def ground(
         self,
@@ -199,14 +204,24 @@ def open_grounder(
 ) -> Grounder:
     """As `polyground.load`, which explains the arguments."""
     folder, told = resolve(path, role)
-    from polyground.models import load_model
+    with warnings.catch_warnings():
+        # In a notebook without ipywidgets, progress bars warn that they are plain.
+        warnings.filterwarnings("ignore", message="IProgress not found")
+        from transformers.utils import logging as bars
 
-    loaded = load_model(
-        folder,
-        dtype=dtype,
-        max_pixels_total=told.max_pixels_total if max_pixels_total is None else max_pixels_total,
-        device=device or _best_device(),
-    )
+        from polyground.models import load_model
+    shown = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
+    try:
+        loaded = load_model(
+            folder,
+            dtype=dtype,
+            max_pixels_total=told.max_pixels_total if max_pixels_total is None else max_pixels_total,
+            device=device or _best_device(),
+        )
+    finally:
+        if shown:
+            bars.enable_progress_bar()
     return Grounder(loaded, instruction=told.instruction if instruction is None else instruction)
 
 

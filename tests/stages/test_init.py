@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 from pathlib import Path
@@ -16,6 +17,11 @@ from sources.source_fixtures import picture
 from toys import write_toy
 
 SPLITS = ("train", "rl", "validation", "test")
+
+
+def hash_of(name: str) -> int:
+    """A colour of its own for every name."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:3])
 
 
 def conversation(images: list[str], box: list[int] | None) -> dict[str, Any]:
@@ -33,7 +39,7 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for n in range(40):
         names = [f"images/{n}.jpg", f"images/pair-{n // 2}.jpg"]
         for name in names:
-            picture(Path("photos") / name)
+            picture(Path("photos") / name, colour=f"#{hash_of(name):06x}")
         rows.append(conversation(names, [20, 10, 120, 60]))
     path = Path("photos/cups.json")
     path.write_text(json.dumps(rows), encoding="utf-8")
@@ -68,6 +74,18 @@ def test_no_image_of_what_is_measured_is_in_another_split(data: Path) -> None:
     for split in SPLITS:
         assert not images[split] & images["test"] or split == "test"
         assert not images[split] & images["validation"] or split == "validation"
+
+
+def test_copies_of_an_image_are_one_image(data: Path) -> None:
+    rows = [conversation([f"images/{n}.jpg"], [20, 10, 120, 60]) for n in range(40)]
+    data.write_text(json.dumps(rows), encoding="utf-8")
+    for n in range(20, 40):
+        Path(f"photos/images/{n}.jpg").write_bytes(Path(f"photos/images/{n - 20}.jpg").read_bytes())
+    assert init("--grid", "pixels", data=data) == 0
+    held_out = {int(example.key.partition("/")[2]) % 20 for split in ("validation", "test") for example in rows_of(split)}
+    learnt = {int(example.key.partition("/")[2]) % 20 for split in ("train", "rl") for example in rows_of(split)}
+    assert held_out
+    assert not held_out & learnt
 
 
 def test_questions_that_all_share_an_image_are_all_trained_on_and_that_is_said(
@@ -155,7 +173,7 @@ def test_files_of_ones_own_are_used_where_they_lie(data: Path) -> None:
         pytest.param(["--model", "tiny", "--data", "lost.json", "--grid", "pixels"], "say --images-root", id="no-images"),
         pytest.param(["--model", "tiny", "--data", "a", "--train", "b"], "not both", id="data-and-splits"),
         pytest.param(["--model", "tiny", "--train", "photos/cups.json"], "give --train and --rl", id="no-questions-for-rl"),
-        pytest.param(["--model", "tiny", "--data", "photos/cups.json", "--grid", "unit"], "rows are bad", id="the-wrong-grid"),
+        pytest.param(["--model", "tiny", "--data", "photos/cups.json", "--grid", "unit"], "another --grid", id="the-wrong-grid"),
         pytest.param(
             ["--model", "tiny", "--data", "photos/cups.json", "--grid", "pixels", "--teacher", "localhost"],
             "is no address",

@@ -83,7 +83,7 @@ def run(options: argparse.Namespace) -> str:
 def _report(findings: Sequence[Finding]) -> str:
     marks = {"ok": "ok     ", "note": "note   ", "missing": "MISSING"}
     width = max(len(finding.part) for finding in findings)
-    lines = [f"polyground {__version__} on this machine", ""]
+    lines = [f"this machine, as polyground {__version__} finds it", ""]
     for finding in findings:
         lines.append(f"  {marks[finding.state]}  {finding.part:<{width}}  {finding.text}")
         if finding.remedy:

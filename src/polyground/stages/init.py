@@ -35,6 +35,7 @@ from polyground.records import Example
 from polyground.sources import SOURCES, BadRow, Item
 from polyground.sources.reading import NAMED, screen_images
 from polyground.sources.recognise import fields_of, recognise
+from polyground.splits import ImageHashes
 from polyground.stages import aligned, say, scan_file, source_options
 from polyground.tokens import PromptCounter
 
@@ -111,7 +112,7 @@ def _refuse_to_overwrite(recipe: Path, options: argparse.Namespace, rows: Path) 
         raise UsageError(f"{recipe}: a recipe's name ends in .yaml; write `polyground init {recipe.stem}.yaml`")
     for path in (recipe, *(() if _given(options) else (rows,))):
         if path.exists():
-            raise StorageError(f"{path}: is there already, and nothing is overwritten; name another recipe, or move it away")
+            raise UsageError(f"{path}: is there already, and nothing is overwritten; name another recipe, or move it away")
 
 
 def _given(options: argparse.Namespace) -> dict[str, str]:
@@ -249,7 +250,7 @@ def _images_root(source: str, file: Path, told: Mapping[str, Any], grids: Sequen
         looked = ", ".join(map(str, folders))
         raise DataError(
             f"{file}: of the first rows, read as {source}, none is good with its images in {looked}; say --images-root "
-            f"(what image names start from), or another --source{why}"
+            f"(what image names start from), another --grid or --source{why}"
         )
     return {"images_root": str(best)}
 
@@ -297,7 +298,7 @@ class _Scan:
 
 def _scan(file: DataSource) -> _Scan:
     """Every row once, its images looked up."""
-    scan, owners = _Scan(), dict[Path, int]()
+    scan, owners, same = _Scan(), dict[Path, int](), _Copies()
     for item in _items(file):
         if isinstance(item, BadRow):
             scan.reasons[item.reason] += 1
@@ -314,7 +315,7 @@ def _scan(file: DataSource) -> _Scan:
         if len(scan.first) < _MEASURED:
             scan.first.append(item)
         for image in item.images:
-            scan.parents[scan.group(owners.setdefault(image, row))] = scan.group(row)
+            scan.parents[scan.group(owners.setdefault(same.of(image), row))] = scan.group(row)
     bad = scan.reasons.total()
     if not scan.good or bad > _SOME_BAD * (bad + scan.good):
         why = "".join(f"\n  {line}" for line in scan.first_bad)
@@ -323,6 +324,25 @@ def _scan(file: DataSource) -> _Scan:
             f"--images-root?{why}"
         )
     return scan
+
+
+class _Copies:
+    """Tells copies of an image, under whatever name, by their bytes; only files of one length are read."""
+
+    def __init__(self) -> None:
+        self._lengths: dict[int, list[Path]] = {}
+        self._first: dict[Path, Path] = {}
+        self._hashes = ImageHashes()
+
+    def of(self, image: Path) -> Path:
+        """The first file with the same bytes; itself, where there was none."""
+        if image not in self._first:
+            others = self._lengths.setdefault(image.stat().st_size, [])
+            same = next((other for other in others if self._hashes.of(other) == self._hashes.of(image)), None)
+            if same is None:
+                others.append(image)
+            self._first[image] = same or image
+        return self._first[image]
 
 
 def _items(file: DataSource) -> Iterator[Item]:
@@ -592,7 +612,7 @@ def _write(path: Path, text: str) -> None:
         with path.open("x", encoding="utf-8") as file:
             file.write(text)
     except FileExistsError as error:
-        raise StorageError(f"{path}: is there already, and nothing is overwritten; name another recipe") from error
+        raise UsageError(f"{path}: is there already, and nothing is overwritten; name another recipe") from error
     except OSError as error:
         raise StorageError(f"{path}: cannot be written ({error.strerror}); name a file in a folder you may write to") from error
 
@@ -624,9 +644,10 @@ def _report(
     rows = [[split, f"{count:,}"] for split, count in shares.items()]
     lines += ["", aligned(["split", "questions"], rows)]
     if "data" in files:
-        lines.append(
-            "no image file of validation or test is in another split; train and rl may share images, and share no question"
-        )
+        lines += [
+            "no image of validation or test is in another split, under whatever name;",
+            "train and rl may share images, and share no question",
+        ]
     if "test" not in shares:
         lines.append(
             "nothing is held out to measure with: the questions share their images, or are few. Give --test a file of its own"
