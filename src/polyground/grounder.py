@@ -5,6 +5,7 @@ A merged model of a run is asked as it was trained, with its instruction and its
 
 from __future__ import annotations
 
+import io
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -138,8 +139,9 @@ class Grounding:
 
     def _repr_png_(self) -> bytes:
         # What Jupyter looks for on a value it displays.
-        data: bytes = self.show()._repr_png_()
-        return data
+        buffer = io.BytesIO()
+        self.show().save(buffer, format="PNG")
+        return buffer.getvalue()
 
 
 class Grounder:

@@ -602,7 +602,7 @@ def _section(settings: Mapping[str, Any]) -> list[str]:
 
 def _yaml(value: Any) -> str:
     """The value on one line."""
-    text: str = yaml.safe_dump(value, default_flow_style=True, width=float("inf"), allow_unicode=True, sort_keys=False)
+    text: str = yaml.safe_dump(value, default_flow_style=True, width=1_000_000, allow_unicode=True, sort_keys=False)
     return text.removesuffix("\n").removesuffix("\n...")
 
 
