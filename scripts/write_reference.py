@@ -1,7 +1,8 @@
-"""Write docs/reference.md: every verb and every key of a recipe, from the definitions the program itself reads."""
+"""Write docs/reference.md and docs/cli.md: every key of a recipe, every verb and flag, from the definitions the program reads."""
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 from types import UnionType
@@ -10,7 +11,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic.fields import FieldInfo
 
-from polyground.cli import STAGES
+from polyground.cli import OWN, STAGES, TOOLS, command_parser
 from polyground.config import DataSource, EndpointConfig, JudgeConfig, Recipe, RewardConfig, Section, ServedConfig, VllmConfig
 from polyground.storage import atomic_write_text
 
@@ -21,6 +22,38 @@ Written by `make docs` from the program's own definitions; edit those instead.
 ## Verbs
 
 `polyground VERB RECIPE [--section.key value | --key value]`; a bare key is one of the recipe's own or of the verb's section.
+The tools and their flags are on the page of the [command line](cli.md).
+"""
+
+CLI_HEAD = """# Command line
+
+Written by `make docs` from the program's own definitions; edit those instead.
+
+`polyground --help` lists the verbs, `polyground VERB --help` the keys of a verb in a line each, `polyground VERB --help KEY`
+explains a key. `polyground completion bash` (or `zsh`, `fish`) prints a script that completes all of them:
+
+```sh
+source <(polyground completion bash)                                        # bash: add it to ~/.bashrc
+source <(polyground completion zsh)                                         # zsh: add it to ~/.zshrc, after compinit
+polyground completion fish > ~/.config/fish/completions/polyground.fish     # fish
+```
+
+| exit code | meaning |
+|---|---|
+| 0 | done |
+| 2 | something must be changed: one line says where, what and what to do, the next names the page that explains it |
+| 130 | interrupted; the same command goes on where it stopped |
+
+| environment variable | meaning |
+|---|---|
+| `POLYGROUND_VERBOSE=1` | keep the libraries' own warnings and progress bars |
+| `OMP_NUM_THREADS` | threads of a process; by default as many as cores may be used |
+
+Keys of servers are read from the environment variables that a recipe names, and are never written anywhere.
+
+## Verbs with a recipe
+
+`polyground VERB RECIPE [--section.key value | --key value] [--dry-run]`; [reference](reference.md) lists the keys.
 """
 
 
@@ -42,6 +75,31 @@ def reference() -> str:
     ):
         parts += [f"\n## {title}\n", f"{_doc(section)}\n", _keys(section, list(section.model_fields))]
     return "\n".join(parts) + "\n"
+
+
+def command_line() -> str:
+    parts = [CLI_HEAD, _table(("verb", "what it does"), [(f"`{verb}`", text) for verb, text in STAGES.items()])]
+    for verb, text in {**OWN, **TOOLS}.items():
+        parts += [f"\n## `polyground {verb}`\n", f"{text[0].upper()}{text[1:]}.\n", _flags(command_parser(verb))]
+    return "\n".join(parts) + "\n"
+
+
+def _flags(parser: argparse.ArgumentParser) -> str:
+    rows = []
+    for action in parser._actions:
+        if isinstance(action, argparse._HelpAction):
+            continue
+        takes = "" if action.nargs == 0 else f" {action.metavar or action.dest.upper()}"
+        long = next((name for name in action.option_strings if name.startswith("--")), None)
+        name = f"`{long}{takes}`" if long else f"`{action.metavar or action.dest.upper()}`"
+        about = (action.help or "") % {"default": action.default, "prog": parser.prog}
+        about = about.replace("<", "&lt;")
+        if action.choices and (action.metavar or not long):
+            about += f" ({', '.join(f'`{choice}`' for choice in action.choices)})"
+        elif action.choices:
+            name, about = f"`{long}`", f"{about} ({', '.join(f'`{choice}`' for choice in action.choices)})"
+        rows.append((name, "yes" if action.required else "", about))
+    return _table(("argument", "needed", "meaning"), rows)
 
 
 def _is_section(annotation: Any) -> bool:
@@ -110,4 +168,6 @@ def _default(field: FieldInfo) -> str:
 
 
 if __name__ == "__main__":
-    atomic_write_text(Path(sys.argv[1]), reference())
+    folder = Path(sys.argv[1])
+    atomic_write_text(folder / "reference.md", reference())
+    atomic_write_text(folder / "cli.md", command_line())

@@ -10,7 +10,7 @@ import pytest
 
 import polyground.stages.world
 from polyground.cli import main
-from polyground.config import Recipe
+from polyground.config import GrpoConfig, Recipe
 
 SMOKE = Path(__file__).parents[1] / "recipes" / "smoke.yaml"
 
@@ -39,6 +39,20 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments: list[str], said: str, 
     assert said in error
     assert error.startswith("polyground: ")
     assert "Traceback" not in error
+    assert error.splitlines()[-1].startswith("  more: ")
+
+
+def test_the_help_of_a_verb_has_a_line_per_key_and_explains_one_that_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["grpo", "--help"]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    keys = [line for line in shown if line.startswith("  --")]
+    assert len(keys) == len(GrpoConfig.model_fields)
+    assert len(shown) <= len(keys) + 8
+    assert max(map(len, shown)) <= 132
+    assert main(["grpo", "--help", "beta"]) == 0
+    one = capsys.readouterr().out
+    assert "0 needs no reference forward" in one
+    assert "--epsilon" not in one
 
 
 def test_a_stage_without_its_input_names_the_verb_to_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

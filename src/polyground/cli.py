@@ -11,15 +11,18 @@ import importlib
 import json
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from polyground.errors import ConfigError, PolygroundError, visible
+from polyground.errors import ConfigError, PolygroundError, UsageError, visible
+from polyground.extras import extra_of, install_command
 
 if TYPE_CHECKING:
+    from polyground.completion import Command, Option
     from polyground.config import Recipe
 
 STAGES = {
@@ -36,6 +39,8 @@ STAGES = {
 }
 _GROUND = "ask a model about image files and see the box"
 TOOLS = {
+    "init": "write a recipe for your model and your data: four questions, or flags",
+    "doctor": "look at this machine: libraries, GPU, memory, disk; say what to install",
     "convert": "rewrite a data set in another format, row by row",
     "export": "write rows of ours (converted, kept by synthesize or reject) in a layout of ShareGPT, ms-swift, TRL, …",
     "validate": "check a data set or a recipe before training: rows, images, boxes, leakage, tokens, memory",
@@ -44,6 +49,11 @@ TOOLS = {
     "results": "run a study (a recipe over seeds and arms) and write the tables that say what each stage buys",
 }
 """Verbs that need no recipe: a module of `polyground.stages` with `arguments(parser)` and `run(options)`, which returns text."""
+OWN = {
+    "ground": _GROUND,
+    "completion": "print a script that completes verbs and keys: bash, zsh or fish",
+}
+"""Verbs that need no recipe and stand in this module."""
 SHARED = ("synthesize", "reject", "evaluate")
 """Verbs whose questions may be shared out over processes and machines."""
 TRAINED = ("sft", "grpo")
@@ -60,7 +70,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _dispatch(arguments)
     except PolygroundError as error:
-        print(f"polyground: {visible(str(error), keep=_LINES)}", file=sys.stderr)
+        print(f"polyground: {visible(str(error), keep=_LINES)}\n  more: {where_explained(error)}", file=sys.stderr)
+        return REFUSED
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        extra = extra_of(missing)
+        if extra is None:
+            raise
+        print(
+            f"polyground: {missing} is not installed; {install_command(extra)} brings it\n  more: `polyground doctor`",
+            file=sys.stderr,
+        )
         return REFUSED
     except KeyboardInterrupt:
         print("\npolyground: interrupted; run the same command again to continue", file=sys.stderr)
@@ -83,11 +103,25 @@ def _dispatch(arguments: Sequence[str]) -> int:
     verb, rest = arguments[0], arguments[1:]
     if verb == "ground":
         return _ground(rest)
+    if verb == "completion":
+        return _completion(rest)
     if verb in TOOLS:
         return _tool(verb, rest)
     if verb not in STAGES:
-        raise ConfigError(f"there is no verb {verb!r}{nearest(verb, [*STAGES, *TOOLS, 'ground'])}; see `polyground --help`")
+        raise UsageError(f"there is no verb {verb!r}{nearest(verb, [*STAGES, *TOOLS, *OWN])}; see `polyground --help`")
     return _stage(verb, rest)
+
+
+def where_explained(error: PolygroundError) -> str:
+    """The page that says more about an error: a file, where the project's docs lie beside the code."""
+    page, _, heading = error.page.partition("#")
+    file = Path(__file__).parents[2] / "docs" / page
+    shown = file
+    if not file.is_file():
+        shown = Path("docs") / page
+    elif file.is_relative_to(Path.cwd()):
+        shown = file.relative_to(Path.cwd())
+    return f"{shown}#{heading}" if heading else str(shown)
 
 
 def nearest(word: str, words: Sequence[str]) -> str:
@@ -97,9 +131,9 @@ def nearest(word: str, words: Sequence[str]) -> str:
 
 
 def _help() -> str:
-    width = max(map(len, [*STAGES, *TOOLS, "ground"]))
+    width = max(map(len, [*STAGES, *TOOLS, *OWN]))
     verbs = "\n".join(f"  {verb:<{width}}  {text}" for verb, text in STAGES.items())
-    tools = "\n".join(f"  {verb:<{width}}  {text}" for verb, text in {"ground": _GROUND, **TOOLS}.items())
+    tools = "\n".join(f"  {verb:<{width}}  {text}" for verb, text in {**OWN, **TOOLS}.items())
     return f"""usage: polyground VERB RECIPE [--key value …] [--dry-run]
        polyground ground --model FOLDER IMAGE [IMAGE …] -q QUESTION [--out FILE]
        polyground TOOL …
@@ -114,16 +148,17 @@ tools, which need none (`polyground TOOL --help`):
 
 Any key of the recipe can be given on the command line: `polyground grpo recipes/tiny.yaml --learning_rate 1e-4`
 (a key of the verb's own section) or `--reject.num_generations 16` (section and key).
-`polyground VERB --help` lists a section's keys; `--dry-run` shows what a verb would do and runs nothing.
+`polyground VERB --help` lists a section's keys, `polyground VERB --help KEY` explains one; `--dry-run` shows what a verb would
+do and runs nothing. The first hour: `polyground doctor`, then `polyground init mine.yaml`, and docs/tutorial.md.
 """
 
 
 def _stage(verb: str, rest: Sequence[str]) -> int:
     if {"-h", "--help"} & set(rest):
-        print(_verb_help(verb))
+        print(_verb_help(verb, [word.removeprefix("--") for word in rest if word not in {"-h", "--help"}]))
         return 0
     if not rest or rest[0].startswith("-"):
-        raise ConfigError(f"`polyground {verb}` needs a recipe first: polyground {verb} recipes/tiny.yaml")
+        raise UsageError(f"`polyground {verb}` needs a recipe first: polyground {verb} recipes/tiny.yaml")
     if verb == "pretrain":
         return _pretrain(Path(rest[0]), rest[1:])
     from polyground.config import load_recipe
@@ -181,21 +216,58 @@ def _tell_point(point: Mapping[str, float]) -> None:
     print("pretrain: " + "  ".join(f"{name} {value:g}" for name, value in point.items()), file=sys.stderr, flush=True)
 
 
-def _verb_help(verb: str) -> str:
-    from polyground.config import Recipe
-    from polyground.stages.pretrain import PretrainConfig
-
+def _verb_help(verb: str, asked: Sequence[str] = ()) -> str:
+    """A line per key: its default and its first sentence. Keys that are asked for are explained in full."""
+    section, own = _section(verb)
+    keys = {name: info for name, info in section.model_fields.items() if name in asked}
+    if keys:
+        return "\n\n".join(f"--{name}  ({_default(info)})\n  {_prose(info.description)}" for name, info in keys.items())
     lines = [f"usage: polyground {verb} RECIPE [--key value …] [--dry-run]", "", STAGES[verb], ""]
-    field = Recipe.model_fields.get(verb)
-    whole = PretrainConfig if verb == "pretrain" else Recipe
-    section: Any = whole if field is None else _model_of(field.annotation)
-    lines.append(f"keys of section {verb!r}:" if field is not None else "keys of the recipe:")
+    lines.append(f"keys of section {verb!r}:" if own else "keys of the recipe:")
     for name, info in section.model_fields.items():
-        default = "required" if info.is_required() else f"default {info.get_default(call_default_factory=True)!r}"
-        lines.append(f"  --{name}  ({default if len(default) < 60 else default[:57] + '...'})")
-        if info.description:
-            lines.append(f"      {' '.join(info.description.split())}")
-    return "\n".join(lines)
+        head = f"  --{name}  ({_default(info)})".ljust(_COLUMN)
+        lines.append(f"{head}  {_first_sentence(info.description, WIDTH - len(head) - 2)}".rstrip())
+    pages = [f"`polyground {verb} --help KEY` explains a key; docs/reference.md has all keys of all sections"]
+    return "\n".join([*lines, "", *pages])
+
+
+WIDTH = 130
+"""Columns of the help; whatever is longer is cut at a word."""
+_COLUMN = 44
+"""Where the explanations of keys begin, unless name and default need more."""
+
+
+def _section(verb: str) -> tuple[Any, bool]:
+    """The class that holds a verb's keys, and whether it is a section of the recipe that is called like the verb."""
+    from polyground.config import Recipe
+
+    if verb == "pretrain":
+        from polyground.stages.pretrain import PretrainConfig
+
+        return PretrainConfig, False
+    field = Recipe.model_fields.get(verb)
+    return (Recipe, False) if field is None else (_model_of(field.annotation), True)
+
+
+def _default(info: Any) -> str:
+    default = "required" if info.is_required() else f"default {_short(info.get_default(call_default_factory=True))}"
+    return default if len(default) < 44 else default[:41] + "..."
+
+
+def _short(value: Any) -> str:
+    return "as below" if hasattr(type(value), "model_fields") else repr(value)
+
+
+def _prose(text: str | None) -> str:
+    return " ".join((text or "").split())
+
+
+def _first_sentence(text: str | None, room: int) -> str:
+    """Up to the first full stop or semicolon; cut at a word where even that is too long for the line."""
+    sentence = re.split(r"(?<=[.;])\s", _prose(text), maxsplit=1)[0].rstrip(".;")
+    if len(sentence) <= room:
+        return sentence
+    return sentence[: max(room - 1, 12)].rpartition(" ")[0].rstrip(",:;(") + " …"
 
 
 def _model_of(annotation: Any) -> Any:
@@ -215,6 +287,15 @@ def _say(verb: str, summary: Any) -> None:
 
 
 def _tool(verb: str, rest: Sequence[str]) -> int:
+    parser, module = _tool_parser(verb)
+    text = module.run(parser.parse_args(rest))
+    if text:
+        print(text)
+    return 0
+
+
+def _tool_parser(verb: str) -> tuple[argparse.ArgumentParser, Any]:
+    """What a tool takes, and the module that runs it."""
     parser = argparse.ArgumentParser(prog=f"polyground {verb}", description=TOOLS[verb], allow_abbrev=False)
     if verb == "export":
         module = importlib.import_module("polyground.stages.convert")
@@ -222,22 +303,100 @@ def _tool(verb: str, rest: Sequence[str]) -> int:
     else:
         module = importlib.import_module(f"polyground.stages.{verb.replace('-', '_')}")
         module.arguments(parser)
-    text = module.run(parser.parse_args(rest))
-    if text:
-        print(text)
+    return parser, module
+
+
+def _completion_parser() -> argparse.ArgumentParser:
+    from polyground.completion import SHELLS
+
+    parser = argparse.ArgumentParser(prog="polyground completion", description=OWN["completion"], allow_abbrev=False)
+    parser.add_argument("shell", choices=SHELLS, help="the shell it is for")
+    return parser
+
+
+def _completion(rest: Sequence[str]) -> int:
+    from polyground.completion import script
+
+    print(script(_completion_parser().parse_args(rest).shell, commands()))
     return 0
 
 
-def _ground(rest: Sequence[str]) -> int:
+def command_parser(verb: str) -> argparse.ArgumentParser:
+    """What a verb without a recipe takes."""
+    if verb == "ground":
+        return _ground_parser()
+    return _completion_parser() if verb == "completion" else _tool_parser(verb)[0]
+
+
+def commands() -> dict[str, Command]:
+    """Everything that can be typed, from the verbs' own definitions."""
+    from polyground.completion import SHELLS, Command, Option
+
+    told: dict[str, Command] = {}
+    for verb, about in STAGES.items():
+        section, _ = _section(verb)
+        own = [_key(name, info) for name, info in section.model_fields.items() if verb != "pretrain"]
+        told[verb] = Command(about, [*own, _dry_run(), _help_option()])
+    for verb, about in TOOLS.items():
+        told[verb] = Command(about, _flags(_tool_parser(verb)[0]))
+    told["ground"] = Command(_GROUND, _flags(_ground_parser()))
+    told["completion"] = Command(OWN["completion"], [Option("--help", takes_value=False)], words=tuple(SHELLS))
+    return told
+
+
+def _dry_run() -> Option:
+    from polyground.completion import Option
+
+    return Option("--dry-run", "show what would be done, and do nothing", takes_value=False)
+
+
+def _help_option() -> Option:
+    from polyground.completion import Option
+
+    return Option("--help", "list the keys", takes_value=False)
+
+
+def _key(name: str, info: Any) -> Option:
+    """A key of a section as an option; a choice, or true and false, are offered as its values."""
+    from typing import Literal, get_args, get_origin
+
+    from polyground.completion import Option
+
+    parts = [info.annotation, *get_args(info.annotation)] if get_origin(info.annotation) is not Literal else [info.annotation]
+    literal = next((part for part in parts if get_origin(part) is Literal), None)
+    values = tuple(map(str, get_args(literal))) if literal is not None else ("true", "false") if bool in parts else ()
+    return Option(f"--{name}", _first_sentence(info.description, 80), values)
+
+
+def _flags(parser: argparse.ArgumentParser) -> list[Option]:
+    """The long options of a tool."""
+    from polyground.completion import Option
+
+    found = []
+    for action in parser._actions:
+        name = next((text for text in action.option_strings if text.startswith("--")), None)
+        if name is not None:
+            values = tuple(str(choice) for choice in action.choices or ())
+            about = _first_sentence((action.help or "") % {"default": action.default, "prog": parser.prog}, 80)
+            found.append(Option(name, about, values, takes_value=action.nargs != 0))
+    return found
+
+
+def _ground_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="polyground ground", description=_GROUND, allow_abbrev=False)
     parser.add_argument("images", nargs="+", type=Path, help="image files, in the order the question counts them")
     parser.add_argument("-q", "--question", required=True)
-    parser.add_argument("--model", required=True, help='a model folder, or "tiny" for the embedded base')
+    parser.add_argument("--model", required=True, help='a model folder, a run folder, or "tiny" for the embedded base')
+    parser.add_argument("--role", choices=("base", "sft", "rl"), help="which model of a run (default: the last one there is)")
     parser.add_argument("--out", type=Path, help="write the images side by side, the answer drawn, to this file")
-    parser.add_argument("--instruction", default="", help="appended to the question, as in the recipe the model was trained with")
-    parser.add_argument("--max-tokens", type=int, default=256)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    found = parser.parse_args(rest)
+    parser.add_argument("--instruction", help="appended to the question (default: as in the run that trained the model)")
+    parser.add_argument("--max-tokens", type=int, default=256, help="length of the reply (default %(default)s)")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="default: as stored")
+    return parser
+
+
+def _ground(rest: Sequence[str]) -> int:
+    found = _ground_parser().parse_args(rest)
     from polyground.demo import ground
 
     _set_threads()
@@ -245,6 +404,7 @@ def _ground(rest: Sequence[str]) -> int:
         found.model,
         found.images,
         question=found.question,
+        role=found.role,
         instruction=found.instruction,
         out=found.out,
         max_tokens=found.max_tokens,

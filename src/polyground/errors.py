@@ -3,34 +3,56 @@
 from __future__ import annotations
 
 import unicodedata
+from typing import ClassVar
 
 
 class PolygroundError(Exception):
     """Base of everything the command line prints as one clear line instead of a traceback."""
 
+    page: ClassVar[str] = "how-to.md"
+    """Where the documentation says more: a page of docs/, perhaps with the heading it is under."""
+
 
 class ConfigError(PolygroundError):
     """A recipe or an override is wrong: the key and the remedy are in the message."""
+
+    page = "recipe.md"
 
 
 class DataError(PolygroundError):
     """A row, an annotation or an image is wrong: file, row and remedy are in the message."""
 
+    page = "data.md#bad-rows"
+
 
 class ModelError(PolygroundError):
     """A model folder cannot be used: the path and the remedy are in the message."""
+
+    page = "models.md"
 
 
 class StorageError(PolygroundError):
     """A run folder cannot be read or continued: the path and the remedy are in the message."""
 
+    page = "reliability.md#what-is-promised"
+
 
 class EndpointError(ModelError):
     """A server that samples cannot be used, or answers no longer: its address, what it said and the remedy are in the message."""
 
+    page = "endpoints.md"
+
 
 class BudgetError(EndpointError):
     """What the recipe allows to be spent on a server is spent; what was answered is kept."""
+
+    page = "endpoints.md#what-it-costs"
+
+
+class UsageError(ConfigError):
+    """The command line itself is wrong: no such verb, no recipe, a key that is none."""
+
+    page = "cli.md"
 
 
 def visible(text: str, *, keep: str = "") -> str:

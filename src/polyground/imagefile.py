@@ -77,6 +77,8 @@ FILE_REASONS = ("missing_image", "unreadable_image", "damaged_image", "huge_imag
 class ImageError(DataError):
     """An image file that cannot be used; the message names it and the remedy."""
 
+    page = "data.md#images"
+
     def __init__(self, path: Path, reason: str, detail: str) -> None:
         super().__init__(f"{shown(path)}: {detail}")
         self.path = path

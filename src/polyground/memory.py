@@ -576,3 +576,12 @@ def readable(size: int) -> str:
         if size >= scale:
             return f"{size / scale:.1f} {unit}"
     return f"{size} B"
+
+
+def many(count: int) -> str:
+    """A count of parameters in words.
+
+    >>> many(8_292_166_656), many(7_124_000)
+    ('8.3 billion', '7.1 million')
+    """
+    return f"{count / 1e9:.1f} billion" if count >= 1e9 else f"{count / 1e6:.1f} million"
