@@ -107,7 +107,7 @@ def curves(
         return _svg(width, height, [_text(width / 2, height / 2, "no values")], "No values")
     xs, ys = [x for x, _ in points], [y for _, y in points]
     ticks = nice_ticks(min(ys), max(ys))
-    frame = Frame(46, 10, width - 112, height - 46, (min(xs), max(xs)), (min(ticks[0], *ys), max(ticks[-1], *ys)))
+    frame = Frame(52, 10, width - 118, height - 46, (min(xs), max(xs)), (min(ticks[0], *ys), max(ticks[-1], *ys)))
     marks = [_y_axis(frame, ticks=ticks)]
     for tick in nice_ticks(min(xs), max(xs), count=4):
         if frame.x_range[0] <= tick <= frame.x_range[1]:
@@ -160,7 +160,7 @@ def stacked_bars(rows: Mapping[str, Sequence[tuple[str, str, int]]], *, width: i
     """One bar per name, parted as its (what, style, count) say; every bar is as long as the others. No parts leave it empty."""
     height = row * len(rows) + 22
     left = min(width * 0.3, 16 + 7.0 * max((len(name) for name in rows), default=0))
-    frame = Frame(left, 2, width - left - 14, height - 24, (0.0, 1.0), (0.0, 1.0))
+    frame = Frame(left, 2, width - left - 28, height - 24, (0.0, 1.0), (0.0, 1.0))
     marks = [_text(frame.x(tick), height - 5, f"{tick * 100:.0f} %") for tick in (0, 0.25, 0.5, 0.75, 1.0)]
     for index, (name, parts) in enumerate(rows.items()):
         y, total, start = frame.top + index * row, sum(count for *_, count in parts), 0

@@ -60,6 +60,9 @@ from polyground.storage import MANIFEST, atomic_write_text, read_json, read_rows
 HEADINGS = {"test": "Multi-image grounding, in domain", "ood": "Grounding, out of domain", "perception": "Multi-image perception"}
 """Of the evaluation splits; the first word of a split's name decides (`ood_lisa` is out of domain)."""
 
+SHORT_HEADINGS = {"test": "in domain", "ood": "out of domain", "perception": "perception"}
+"""The same on a tab."""
+
 STAGES = ("world", "synthesize", "sft", "sft-merged", "reject", "grpo", "grpo-merged", *(f"evaluate/{role}" for role in ROLES))
 """Folders of a run, in the order they are made."""
 
@@ -98,6 +101,7 @@ class Table:
     """The results of one split: a row per task and the macro average last."""
 
     title: str
+    short: str
     models: Sequence[str]
     columns: Sequence[str]
     rows: Sequence[Row]
@@ -198,7 +202,7 @@ def gather(recipe: Recipe) -> Page:
     threshold = float(results["tags"]["headline_iou"])
     pooled = {member for table in tables.values() for member in table.get("pooled", ())}
     asked = _asked(recipe, [split for split, table in tables.items() if "pooled" not in table], models)
-    titles = {split: heading(split) for split in asked}
+    titles = {split: heading(split, SHORT_HEADINGS) for split in asked}
     every = [one for split in asked.values() for one in split]
     gallery = _gallery(recipe, asked, threshold=threshold)
     training = [sft_part(recipe), grpo_part(recipe, threshold=threshold)]
@@ -332,13 +336,13 @@ def _shared(answers: Mapping[str, Mapping[str, Rollout]]) -> list[str]:
 # ---- numbers
 
 
-def heading(split: str) -> str:
+def heading(split: str, names: Mapping[str, str] = HEADINGS) -> str:
     """
     >>> heading("test"), heading("ood_lisa"), heading("ood (all)")
     ('Multi-image grounding, in domain', 'Grounding, out of domain: lisa', 'Grounding, out of domain: all')
     """
     kind, _, rest = split.replace(" (all)", "_all").partition("_")
-    return HEADINGS.get(kind, kind) + (f": {rest}" if rest else "")
+    return names.get(kind, kind) + (f": {rest}" if rest else "")
 
 
 def _headline(split: str, table: Mapping[str, Any], *, threshold: float) -> Headline:
@@ -368,6 +372,7 @@ def _table(split: str, table: Mapping[str, Any], *, threshold: float) -> Table:
     bars = {model: [_accuracy(of_models(task)[i], threshold) for task in tasks] for i, model in enumerate(models)}
     return Table(
         title=heading(split),
+        short=heading(split, SHORT_HEADINGS),
         models=models,
         columns=[f"acc@{threshold:g}", "mean IoU", "image", "unread"] if grounding else ["accuracy", "unread"],
         rows=rows,

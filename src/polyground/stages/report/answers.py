@@ -191,7 +191,7 @@ def image_confusion(asked: Sequence[Asked], models: Sequence[str], titles: Mappi
     facets = []
     for title, rows in by_split([one for one in asked if right_image(one.example) is not None], titles):
         counts = f"{len(rows)} questions with several images, of which one is right."
-        drawings = [(model, _confusion(rows, model)) for model in models]
+        drawings = _confusions(rows, models)
         facets.append(Facet(title=title, drawing=Markup(""), caption=counts, more=drawings))
     return facets
 
@@ -215,14 +215,25 @@ def named_image(rollout: Rollout) -> str:
     return "none" if image is None else str(image) if image else "several"
 
 
-def _confusion(asked: Sequence[Asked], model: str) -> Markup:
-    pairs = Counter((str(right_image(one.example)), named_image(one.rollouts[model])) for one in asked)
+def _confusions(asked: Sequence[Asked], models: Sequence[str]) -> list[tuple[str, Markup]]:
+    """A matrix for each model, all with the same rows and columns."""
+    counts = {
+        model: Counter((str(right_image(one.example)), named_image(one.rollouts[model])) for one in asked) for model in models
+    }
+    pairs = {pair for found in counts.values() for pair in found}
     numbers = sorted({int(name) for pair in pairs for name in pair if name.isdigit()})
-    words = [word for word in ("several", "none", "no box") if any(named == word for _, named in pairs)]
     rows = [str(number) for number in numbers if any(right == str(number) for right, _ in pairs)]
+    words = [word for word in ("several", "none", "no box") if any(named == word for _, named in pairs)]
     columns = [*map(str, numbers), *words]
-    counts = [[pairs[row, column] for column in columns] for row in rows]
-    return charts.matrix(rows, columns, counts, style=f"c-{model}", corner="image")
+    return [
+        (
+            model,
+            charts.matrix(
+                rows, columns, [[found[row, column] for column in columns] for row in rows], style=f"c-{model}", corner="image"
+            ),
+        )
+        for model, found in counts.items()
+    ]
 
 
 # ---- how far boxes overlap
@@ -278,12 +289,12 @@ def turned(asked: Sequence[Asked], first: str, second: str, titles: Mapping[str,
 def turned_samples(
     asked: Sequence[Asked], first: str, second: str, *, size: int, threshold: float
 ) -> tuple[list[Asked], list[Asked]]:
-    """(gained, lost): up to `size` questions of each, tasks taking turns, the largest change of IoU first."""
+    """(gained, lost): up to `size` questions of each, tasks in turn, boxes before letters, the largest change of IoU first."""
 
     def change(one: Asked) -> float:
         return abs(one.rollouts[second].score.iou - one.rollouts[first].score.iou)
 
-    ordered = sorted(asked, key=lambda one: (-change(one), one.split, one.example.key))
+    ordered = sorted(asked, key=lambda one: (not one.example.target.boxes, -change(one), one.split, one.example.key))
     sides: dict[tuple[bool, bool], list[Asked]] = {}
     for one in ordered:
         sides.setdefault(_turn(one, first, second, threshold=threshold), []).append(one)
