@@ -22,6 +22,7 @@ from polyground.rollout import Group
 from polyground.training.boards import BETTER, SIDE, TRUTH, WORSE, Answers, Boards, Shown, answers, chosen, markdown, sheet
 from polyground.training.grpo import train_grpo
 from polyground.training.runs import require_loggers
+from polyground.vision import text_strip
 
 INJECTED = "<script>alert(1)</script> | **bold**\n[x](http://y)"
 LOW, HIGH = Box(0.5, 0.5, 1.0, 1.0), Box(0.0, 0.0, 0.75, 0.75)
@@ -56,10 +57,7 @@ def close(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
 
 def test_a_sheet_draws_the_annotation_and_every_answer_where_it_lies(image: Path) -> None:
     picture = sheet(shown([image], 0.9, 0.1))
-    left, top = 8, picture.height - SIDE
-    while picture.getpixel((left + 2, top)) == (255, 255, 255):  # the caption below moves the image up
-        top -= 1
-    top = top - SIDE + 1
+    left, top = 8, text_strip("where?", width=picture.width).height + 8
 
     def drawn(colour: str, x: float, y: float) -> bool:
         around = [(left + round(x * SIDE) + dx, top + round(y * SIDE) + dy) for dx in range(-5, 6) for dy in range(-5, 6)]
