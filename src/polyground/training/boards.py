@@ -7,7 +7,7 @@ TensorBoard, Weights & Biases, Trackio and SwanLab, through the runs that transf
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -101,7 +101,7 @@ def chosen(groups: Sequence[Shown], *, size: int) -> list[Shown]:
 
 def boards_of(callbacks: Sequence[Any]) -> list[Board]:
     """One board for each logger among a trainer's callbacks that takes pictures."""
-    kinds = {
+    kinds: dict[str, Callable[[Any], Board]] = {
         "TensorBoardCallback": TensorBoard,
         "WandbCallback": WeightsAndBiases,
         "TrackioCallback": Trackio,
