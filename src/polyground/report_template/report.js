@@ -128,7 +128,7 @@ document.body.append(tip);
 const short = (number) => (number === 0 ? "0" : Math.abs(number) >= 100 && Math.abs(number) < 1e6 ? number.toFixed(0) : String(Number(number.toPrecision(3))));
 for (const svg of all("svg[data-frame]")) {
   const [left, top, width, height, x0, x1, y0, y1] = svg.dataset.frame.split(" ").map(Number);
-  const needle = document.createElementNS("http://www.w3.org/2000/svg", "line");
+  const needle = document.createElementNS(svg.namespaceURI, "line");
   needle.setAttribute("class", "needle");
   needle.setAttribute("y1", top);
   needle.setAttribute("y2", top + height);
