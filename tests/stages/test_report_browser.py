@@ -24,7 +24,8 @@ FLAGS = [
 
 CLICKS = """
 const found = {};
-const wide = (one) => one.getBoundingClientRect().width > 0; // checkVisibility() is true of groups in a drawing that are not displayed
+// checkVisibility() is true of groups in a drawing that are not displayed.
+const wide = (one) => one.getBoundingClientRect().width > 0;
 const shown = (selector) => [...document.querySelectorAll(selector)].filter(wide).length;
 const click = (element) => element.dispatchEvent(new MouseEvent("click", { bubbles: true }));
 const text = (selector) => [...document.querySelectorAll(selector)].map((one) => one.textContent.trim());
