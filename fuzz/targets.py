@@ -235,7 +235,8 @@ def page(data: bytes) -> None:
     measure = {"value": 0.5, "low": 0.1, "high": 0.9}
     row = {"accuracy": {"0.5": measure}, "mean_iou": None, "image_accuracy": None, "unreadable_rate": 0.0, "examples": 1}
     tables = {role: {"macro": row, "tasks": {task: row}} for role in ("base", "sft", "rl")}
-    split = {"models": tables, "differences": {"rl-sft": {"macro": measure}}}
+    counts = {"examples": 1, "better": 0, "worse": 0, "p_value": 1.0, "significant": False}
+    split = {"models": tables, "differences": {"rl-sft": {"tasks": {task: measure}, "macro": measure, **counts}}}
     results = {"tags": {"headline_iou": 0.5, "bootstrap": 2}, "models": list(tables), "splits": {"test": split}}
     (out / "evaluate" / "results.json").write_text(json.dumps(results))
     log = [{"step": step, "loss": 1.0, f"rewards/{reward}/mean": 0.5, f"unreadable/{task}": 0.5} for step in (1, 2)]

@@ -267,7 +267,8 @@ def test_every_shipped_recipe_is_valid(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "free", [{"dataloader_num_workers": 2}, {"image_cache_mib": 64}, {"report_to": []}, {"save_total_limit": 5}]
+    "free",
+    [{"dataloader_num_workers": 2}, {"image_cache_mib": 64}, {"report_to": []}, {"report_groups": 0}, {"save_total_limit": 5}],
 )
 def test_what_only_feeds_logs_and_keeps_may_change_when_a_training_goes_on(free: dict[str, Any]) -> None:
     assert GrpoConfig(**free).deciding() == GrpoConfig().deciding()

@@ -1,4 +1,4 @@
-"""Numbers to small inline SVG drawings for the report: grouped bars, interval strips, curves and histograms.
+"""Numbers to small inline SVG drawings for the report: bars, interval and difference strips, curves, histograms, matrices.
 
 Colours come from the page (classes `c-base`, `c-sft`, …), so a drawing follows its light or dark theme. Nothing here
 knows about models or stages.
@@ -107,7 +107,7 @@ def curves(
         return _svg(width, height, [_text(width / 2, height / 2, "no values")], "No values")
     xs, ys = [x for x, _ in points], [y for _, y in points]
     ticks = nice_ticks(min(ys), max(ys))
-    frame = Frame(46, 10, width - 112, height - 46, (min(xs), max(xs)), (min(ticks[0], *ys), max(ticks[-1], *ys)))
+    frame = Frame(52, 10, width - 118, height - 46, (min(xs), max(xs)), (min(ticks[0], *ys), max(ticks[-1], *ys)))
     marks = [_y_axis(frame, ticks=ticks)]
     for tick in nice_ticks(min(xs), max(xs), count=4):
         if frame.x_range[0] <= tick <= frame.x_range[1]:
@@ -125,7 +125,174 @@ def curves(
         ends.append((frame.y(means[-1][1]), _number(means[-1][1]), f"l-{index % 6}"))
     for y, text, style in _spread(ends, gap=13, top=frame.top, bottom=frame.bottom):
         marks.append(_text(frame.right + 6, y + 4, text, anchor="start", style=f"end {style}"))
-    return _svg(width, height, marks, ", ".join(series))
+    return _svg(width, height, marks, ", ".join(series), reading=_reading(frame))
+
+
+def difference_strip(series: Mapping[str, Measure], *, width: int = 520, row: int = 24) -> Markup:
+    """One dot and interval per name around 0, in points: coloured where the interval leaves 0 out, in favour or against."""
+    names = list(series)
+    height = row * len(names) + 24
+    left = min(width * 0.45, 20 + 7.0 * max((len(name) for name in names), default=0))
+    reach = max((abs(end) for measure in series.values() for end in (measure.low, measure.high, measure.value)), default=0.0)
+    ticks = nice_ticks(-max(reach, 0.01), max(reach, 0.01), count=4)
+    frame = Frame(left, 4, width - left - 64, height - 24, (ticks[0], ticks[-1]), (0.0, 1.0))
+    marks = [
+        f'<line class="{"zero" if tick == 0 else "grid"}" x1="{frame.x(tick):.1f}" x2="{frame.x(tick):.1f}" y1="{frame.top}" '
+        f'y2="{frame.bottom}"/>' + _text(frame.x(tick), height - 5, _signed(tick))
+        for tick in ticks
+    ]
+    for index, (name, measure) in enumerate(series.items()):
+        y = frame.top + (index + 0.5) * row
+        sure = "up" if measure.low > 0 else "down" if measure.high < 0 else "unsure"
+        low, high = frame.x(measure.low), frame.x(measure.high)
+        said = f"{_signed(measure.value)} ({_signed(measure.low)} to {_signed(measure.high)})"
+        marks.append(
+            f'<g class="d-{sure}"><title>{escape(name)}: {said}</title>'
+            f'<line class="whisker-wide" x1="{low:.1f}" x2="{high:.1f}" y1="{y:.1f}" y2="{y:.1f}"/>'
+            f'<circle class="fill" cx="{frame.x(measure.value):.1f}" cy="{y:.1f}" r="5"/></g>'
+        )
+        marks.append(_text(frame.left - 8, y + 4, name, anchor="end"))
+        marks.append(_text(frame.right + 8, y + 4, _signed(measure.value), anchor="start", style=f"end d-{sure}"))
+    return _svg(width, height, marks, f"Differences of {len(names)} rows, with intervals")
+
+
+def stacked_bars(rows: Mapping[str, Sequence[tuple[str, str, int]]], *, width: int = 1080, row: int = 30) -> Markup:
+    """One bar per name, parted as its (what, style, count) say; every bar is as long as the others. No parts leave it empty."""
+    height = row * len(rows) + 22
+    left = min(width * 0.3, 16 + 7.0 * max((len(name) for name in rows), default=0))
+    frame = Frame(left, 2, width - left - 28, height - 24, (0.0, 1.0), (0.0, 1.0))
+    marks = [_text(frame.x(tick), height - 5, f"{tick * 100:.0f} %") for tick in (0, 0.25, 0.5, 0.75, 1.0)]
+    for index, (name, parts) in enumerate(rows.items()):
+        y, total, start = frame.top + index * row, sum(count for *_, count in parts), 0
+        marks.append(_text(frame.left - 8, y + row / 2 + 3, name, anchor="end"))
+        for what, style, count in parts:
+            if not count:
+                continue
+            x, end = frame.x(start / total), frame.x((start + count) / total)
+            said = f"{name}, {what}: {count} of {total} ({100 * count / total:.1f} %)"
+            marks.append(
+                f'<g class="{escape(style)}"><title>{escape(said)}</title><rect class="fill" x="{x:.1f}" y="{y + 3:.1f}" '
+                f'width="{max(0.5, end - x - 1):.1f}" height="{row - 8}" rx="2"/></g>'
+            )
+            if end - x > 30:
+                marks.append(_text((x + end) / 2, y + row / 2 + 3, f"{100 * count / total:.0f}", style="inside"))
+            start += count
+    return _svg(width, height, marks, f"Shares of {len(rows)} rows")
+
+
+def diverging_bars(rows: Mapping[str, tuple[int, int, int]], *, width: int = 520, row: int = 24) -> Markup:
+    """(lost, gained, of how many) per name: losses to the left of a middle line, gains to the right, as shares of the last."""
+    height = row * len(rows) + 22
+    left = min(width * 0.45, 20 + 7.0 * max((len(name) for name in rows), default=0))
+    most = max((max(lost, gained) / max(1, asked) for lost, gained, asked in rows.values()), default=0.0)
+    ticks = nice_ticks(-max(most, 0.01), max(most, 0.01), count=4)
+    frame = Frame(left, 2, width - left - 14, height - 22, (ticks[0], ticks[-1]), (0.0, 1.0))
+    zero = frame.x(0)
+    marks = [
+        f'<line class="grid" x1="{frame.x(tick):.1f}" x2="{frame.x(tick):.1f}" y1="{frame.top}" y2="{frame.bottom}"/>'
+        + _text(frame.x(tick), height - 5, f"{abs(tick) * 100:.3g} %")
+        for tick in ticks
+    ]
+    for index, (name, (lost, gained, asked)) in enumerate(rows.items()):
+        y = frame.top + index * row
+        marks.append(_text(frame.left - 8, y + row / 2 + 4, name, anchor="end"))
+        for style, count, sign in (("d-down", lost, -1), ("d-up", gained, 1)):
+            length = abs(frame.x(count / max(1, asked)) - zero)
+            x = zero if sign > 0 else zero - length
+            said = f"{name}: {'gained' if sign > 0 else 'lost'} {count} of {asked}"
+            marks.append(
+                f'<g class="{style}"><title>{escape(said)}</title><rect class="fill" x="{x:.1f}" y="{y + 4:.1f}" '
+                f'width="{length:.1f}" height="{row - 8}" rx="2"/></g>'
+            )
+            if count:
+                inside = length > 26
+                at = zero + sign * (length - 5 if inside else length + 5)
+                anchor = "end" if (sign > 0) == inside else "start"
+                marks.append(_text(at, y + row / 2 + 4, str(count), anchor=anchor, style="inside" if inside else f"end {style}"))
+    marks.append(f'<line class="zero" x1="{zero:.1f}" x2="{zero:.1f}" y1="{frame.top}" y2="{frame.bottom}"/>')
+    return _svg(width, height, marks, f"Losses and gains of {len(rows)} rows")
+
+
+def matrix(
+    rows: Sequence[str],
+    columns: Sequence[str],
+    counts: Sequence[Sequence[int]],
+    *,
+    style: str = "",
+    corner: str = "",
+    cell: int = 46,
+) -> Markup:
+    """Counts as a shaded table, each row shaded by its own shares; the cells of equal row and column name are outlined."""
+    left, top = 16 + 7.0 * max((len(name) for name in (*rows, corner)), default=0), 24
+    width, height = left + cell * len(columns) + 8, top + 28 * len(rows) + 6
+    marks = [_text(left - 8, top - 8, corner, anchor="end")]
+    marks += [_text(left + (place + 0.5) * cell, top - 8, name) for place, name in enumerate(columns)]
+    for down, (name, line) in enumerate(zip(rows, counts, strict=True)):
+        y, total = top + 28 * down, sum(line)
+        marks.append(_text(left - 8, y + 18, name, anchor="end"))
+        for across, count in enumerate(line):
+            x, share = left + cell * across, count / max(1, total)
+            edge = ' class="cell same"' if columns[across] == name else ' class="cell"'
+            said = f"{name}, {columns[across]}: {count} of {total} ({100 * share:.0f} %)"
+            marks.append(
+                f'<g class="{escape(style)}"><title>{escape(said)}</title><rect class="fill" x="{x + 1:.1f}" y="{y + 1}" '
+                f'width="{cell - 2}" height="26" rx="3" opacity="{0.06 + 0.84 * share:.2f}"/>'
+                f'<rect{edge} x="{x + 1:.1f}" y="{y + 1}" width="{cell - 2}" height="26" rx="3"/></g>'
+                + _text(x + cell / 2, y + 18, str(count) if count else "·", style="inside" if share > 0.55 else "count")
+            )
+    return _svg(round(width), round(height), marks, "Matrix of counts", natural=True)
+
+
+def shares_above(
+    series: Mapping[str, Sequence[float]], *, mark: float, x_label: str = "IoU at least", width: int = 520, height: int = 240
+) -> Markup:
+    """How large a share of each series reaches a value, for every value in [0, 1]; a line stands at `mark`."""
+    frame = Frame(46, 10, width - 104, height - 46, (0.0, 1.0), (0.0, 1.0))
+    marks = [_y_axis(frame, ticks=[0, 0.25, 0.5, 0.75, 1.0], unit="%")]
+    marks += [_text(frame.x(tick), frame.bottom + 15, f"{tick:g}") for tick in (0, 0.25, 0.5, 0.75, 1.0)]
+    marks.append(_text(frame.left + frame.width / 2, height - 4, x_label))
+    at = frame.x(mark)
+    marks.append(f'<line class="mark" x1="{at:.1f}" x2="{at:.1f}" y1="{frame.top}" y2="{frame.bottom}"/>')
+    ends: list[tuple[float, str, str]] = []
+    for name, values in series.items():
+        if not values:
+            continue
+        line = [(step / 50, _reaching(values, step / 50)) for step in range(1, 51)]
+        marks.append(
+            f'<g class="c-{escape(name)}"><title>{escape(name)}</title><path class="line" d="{_path(frame, line)}"/></g>'
+        )
+        share = _reaching(values, mark)
+        ends.append((frame.y(share), f"{100 * share:.0f} %", f"c-{escape(name)}"))
+    for y, text, style in _spread(ends, gap=13, top=frame.top, bottom=frame.bottom):
+        marks.append(_text(frame.right + 6, y + 4, text, anchor="start", style=f"end {style}"))
+    return _svg(width, height, marks, f"Share of answers by value, {', '.join(series)}", reading=_reading(frame))
+
+
+def _reaching(values: Sequence[float], threshold: float) -> float:
+    # A hair of room, so that a value computed to the threshold counts there.
+    return sum(value >= threshold - 1e-9 for value in values) / len(values)
+
+
+def columns(labels: Sequence[str], series: Mapping[str, Sequence[int]], *, width: int = 520, height: int = 240) -> Markup:
+    """Counts of several series side by side over the same labels, as shares of each series."""
+    totals = {name: max(1, sum(counts)) for name, counts in series.items()}
+    most = max((count / totals[name] for name, counts in series.items() for count in counts), default=0.0)
+    ticks = nice_ticks(0, max(most, 0.01), count=4)
+    frame = Frame(46, 10, width - 56, height - 46, (0, max(1, len(labels))), (0, ticks[-1]))
+    marks = [_y_axis(frame, ticks=ticks, unit="%")]
+    group = frame.width / max(1, len(labels))
+    bar = group * 0.82 / max(1, len(series))
+    for place, label in enumerate(labels):
+        for index, (name, counts) in enumerate(series.items()):
+            share = counts[place] / totals[name]
+            x, y = frame.x(place) + group * 0.09 + index * bar, frame.y(share)
+            said = f"{name}, {label}: {counts[place]} of {totals[name]} ({100 * share:.1f} %)"
+            marks.append(
+                f'<g class="c-{escape(name)}"><title>{escape(said)}</title><rect class="fill" x="{x:.1f}" y="{y:.1f}" '
+                f'width="{max(1.0, bar - 1):.1f}" height="{max(0.0, frame.bottom - y):.1f}" rx="1"/></g>'
+            )
+        marks.append(_text(frame.x(place + 0.5), frame.bottom + 16, label))
+    return _svg(width, height, marks, f"Shares of {len(labels)} columns")
 
 
 def histogram(counts: Sequence[tuple[str, int]], *, highlight: Sequence[str] = (), width: int = 520, height: int = 210) -> Markup:
@@ -178,10 +345,28 @@ def running_mean(points: Sequence[tuple[float, float]], *, window: int) -> list[
     return means
 
 
-def _svg(width: float, height: float, marks: Sequence[str], label: str) -> Markup:
+def _svg(width: float, height: float, marks: Sequence[str], label: str, *, reading: str = "", natural: bool = False) -> Markup:
+    """With `natural` the drawing is not stretched beyond its own width."""
     body = "".join(marks)
+    size = f' style="max-width:{width}px"' if natural else ""
     # Every label was escaped where it was written; what remains is our own markup.
-    return Markup(f'<svg class="chart" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(label)}">{body}</svg>')  # noqa: S704
+    return Markup(  # noqa: S704
+        f'<svg class="chart" viewBox="0 0 {width} {height}"{size}{reading} role="img" aria-label="{escape(label)}">{body}</svg>'
+    )
+
+
+def _reading(frame: Frame) -> str:
+    """What a script needs to read values off the lines of a drawing: the plotting area and its two scales."""
+    numbers = (frame.left, frame.top, frame.width, frame.height, *frame.x_range, *frame.y_range)
+    return f' data-frame="{" ".join(f"{number:.6g}" for number in numbers)}"'
+
+
+def _signed(share: float) -> str:
+    """
+    >>> _signed(0.123), _signed(-0.05), _signed(0.0)
+    ('+12.3', '-5.0', '0')
+    """
+    return f"{share * 100:+.1f}" if round(share * 100, 1) else "0"
 
 
 def _y_axis(frame: Frame, *, ticks: Sequence[float], unit: str = "") -> str:

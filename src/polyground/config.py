@@ -401,7 +401,7 @@ class TrainingConfig(Section):
     save_total_limit: int | None = Field(default=2, ge=1)
     """Older checkpoints are deleted; null keeps all."""
     report_to: list[str] = ["tensorboard"]
-    """Loggers, by transformers' names; an empty list for none."""
+    """Loggers, by transformers' names, such as tensorboard, wandb, trackio, swanlab; an empty list for none."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward: less memory, about a third more time."""
     dataloader_num_workers: int = Field(default=0, ge=0)
@@ -413,7 +413,7 @@ class TrainingConfig(Section):
 
         So may the number of processes, if an optimiser step stays as large: two count as one with twice the accumulation.
         """
-        free = {"save_total_limit", "report_to", "dataloader_num_workers", "image_cache_mib"}
+        free = {"save_total_limit", "report_to", "report_groups", "dataloader_num_workers", "image_cache_mib"}
         decides = {name: value for name, value in self.to_json().items() if name not in free}
         return decides | {"gradient_accumulation_steps": self.gradient_accumulation_steps * processes}
 
@@ -530,6 +530,8 @@ class GrpoConfig(TrainingConfig):
     image_cache_mib: int = Field(default=0, ge=0)
     """Host memory, per process, for image features kept from one pass over the questions to the next; 0 keeps none. A prompt
     found there (by the bytes of its images, its text and the pixel budget) is neither decoded nor given to the vision tower."""
+    report_groups: int = Field(default=2, ge=0)
+    """Groups of the first step and of each with a checkpoint that go to the loggers as pictures and tables; 0 for none."""
     rollout: Sampling = "local"
     """Who samples the policy: `local` the model in training, `vllm` a server that the stage starts, `endpoint` the one named in
     `servers`. To servers the policy travels as its LoRA adapter."""

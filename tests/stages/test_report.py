@@ -19,6 +19,7 @@ from polyground.geometry import Box, iou
 from polyground.metrics import paired_difference, summarize
 from polyground.records import Completion, Example, Rollout, Score
 from polyground.stages import evaluation_splits, read_split, report, world
+from polyground.stages.report.pictures import small_uri
 from polyground.stages.report.training import Answered, choose_groups, sample_steps
 from polyground.storage import RowWriter, RunFolder, atomic_write_json
 
@@ -175,7 +176,7 @@ class Tags(HTMLParser):
 def test_the_page_loads_nothing_from_anywhere(html: str) -> None:
     addresses = list(Tags(html).attributes("src", "href", "srcset", "data", "action", "xlink:href"))
     assert addresses
-    assert all(address.startswith(("#", "data:image/png;base64,")) for address in addresses)
+    assert all(address.startswith(("#", "data:image/png;base64,", "data:image/jpeg;base64,")) for address in addresses)
     assert not re.search(r"url\(|@import|https?://", html)
     assert "link" not in {tag for tag, _ in Tags(html).found}
 
@@ -197,7 +198,7 @@ def test_only_the_pages_own_script_may_run(html: str) -> None:
     assert "script-src 'sha256-" in policy
 
 
-@pytest.mark.parametrize("section", ["headline", "results", "training", "curation", "gallery", "run"])
+@pytest.mark.parametrize("section", ["headline", "results", "changes", "errors", "training", "curation", "gallery", "run"])
 def test_the_page_has_every_section(html: str, section: str) -> None:
     assert section in [attributes.get("id") for tag, attributes in Tags(html).found if tag == "section"]
 
@@ -210,6 +211,12 @@ def test_the_page_has_every_section(html: str, section: str) -> None:
         "Multi-image perception",
         "SFT → RL",
         "acc@0.5",
+        "questions went better",
+        "fixed",
+        "Where answers went, from SFT (rows) to RL (columns)",
+        "What the answers are",
+        "Which image is named",
+        "How far boxes overlap",
         "macro average",
         "Reward parts",
         "Entropy",
@@ -257,6 +264,52 @@ def test_the_gallery_draws_the_annotation_on_its_image(finished: Recipe) -> None
         target = examples[sample.key].target.boxes[0]
         drawn = [i for i, picture in enumerate(sample.pictures, 1) for box in picture.boxes if box.model == "truth"]
         assert drawn == [target.image or 1]
+
+
+def test_every_pair_of_models_is_compared_task_by_task(finished: Recipe) -> None:
+    [first, *_] = report.gather(finished).tables
+    assert [(one.first, one.second) for one in first.differences] == [("base", "sft"), ("sft", "rl"), ("base", "rl")]
+    for one in first.differences:
+        assert one.examples == 20
+        assert 0 <= one.better + one.worse <= 20
+        assert "macro average" in one.drawing
+
+
+def test_changes_are_those_of_the_last_step_and_agree_with_the_comparison(finished: Recipe) -> None:
+    page = report.gather(finished)
+    assert page.changes is not None
+    assert (page.changes.first, page.changes.second) == ("sft", "rl")
+    by_title = {one.title: one for one in page.changes.splits}
+    compared = {table.short: table.differences[1] for table in page.tables}
+    for title, one in by_title.items():
+        if title != "everything":
+            assert (one.gained, one.lost) == (compared[title].better, compared[title].worse)
+    assert {sample.outcome for sample in page.changes.gained} <= {"fixed by RL"}
+    assert {sample.outcome for sample in page.changes.lost} <= {"lost by RL"}
+    assert page.changes.gained
+
+
+def test_every_error_of_the_last_model_has_an_example(finished: Recipe) -> None:
+    errors = report.gather(finished).errors
+    assert errors is not None
+    assert errors.model == "rl"
+    assert errors.examples
+    assert all(1 <= len(samples) <= min(count, 1) for _, count, samples in errors.examples)
+    counted = sum(count for _, count, _ in errors.examples)
+    right = sum(cells[0][0] for *_, cells in errors.tasks.rows)
+    assert counted + right == sum(total for _, total, _ in errors.tasks.rows)
+
+
+def test_without_a_script_nothing_is_hidden(html: str) -> None:
+    hidden = [attributes.get("id") for _, attributes in Tags(html).found if "hidden" in attributes]
+    assert hidden == ["nothing"]
+
+
+def test_photographs_are_kept_small_and_drawings_without_loss() -> None:
+    rng = random.Random(0)
+    photograph = Image.frombytes("RGB", (64, 64), bytes(rng.randrange(256) for _ in range(64 * 64 * 3)))
+    assert small_uri(photograph).startswith("data:image/jpeg")
+    assert small_uri(Image.new("RGB", (64, 64), "red")).startswith("data:image/png")
 
 
 def test_a_warning_is_text_beside_its_step(finished: Recipe, html: str) -> None:
@@ -362,6 +415,18 @@ def test_a_run_without_rl_says_so(tmp_path: Path) -> None:
     html = report.run(recipe).read_text(encoding="utf-8")
     assert "The RL model has not been evaluated yet" in html
     assert "SFT → RL" not in html
+    assert "from base (rows) to SFT (columns)" in html
+
+
+def test_one_model_alone_has_errors_and_no_changes(tmp_path: Path) -> None:
+    recipe = small_recipe(tmp_path)
+    write_world(recipe)
+    write_evaluation(recipe, models=("base",))
+    page = report.gather(recipe)
+    assert page.changes is None
+    assert page.errors is not None
+    assert page.errors.model == "base"
+    assert "Changes are shown once two models have been evaluated" in report.render(page)
 
 
 def rollout(*, right: bool) -> Rollout:

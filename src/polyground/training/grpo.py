@@ -47,6 +47,7 @@ from polyground.models.shared_prefix import SHARED_PREFIX
 from polyground.records import Completion, Example, Message, Rollout
 from polyground.rollout import Ask, Group, Judge, rollout_groups
 from polyground.sampling import Following, Sampler
+from polyground.training.boards import Boards, Shown, boards_of
 from polyground.training.processes import PortableTrainer, PromptLengths, balanced, wrap_decoder_layers
 from polyground.training.remembering import Ready, Remembering
 from polyground.training.runs import append_rows, prepare_model, require_packable, train, training_arguments
@@ -340,6 +341,13 @@ class GrpoTrainer(PortableTrainer):
             vllm_importance_sampling_clip_max=config.vllm_importance_sampling_clip_max,
             vllm_importance_sampling_clip_min=config.vllm_importance_sampling_clip_min,
         )
+        self._boards = Boards(
+            boards_of(self.callback_handler.callbacks),
+            groups=config.report_groups,
+            save_steps=int(args.save_steps),
+            num_iterations=config.num_iterations,
+        )
+        self.add_callback(self._boards)
         self._family, self._sampler, self._ask, self._judge, self._seed = family, sampler, ask, judge, seed
         self.attention = ""
         """How the first packed row was attended to; see `attention_note`."""
@@ -558,6 +566,8 @@ class GrpoTrainer(PortableTrainer):
             for rollout, advantage in zip(group.rollouts, values, strict=True)
         ]
         append_rows(Path(self.args.output_dir) / ROLLOUTS, rows)
+        if self._boards.wants(step):
+            self._boards.take([Shown(group, values) for _, group, values, _ in told])
         for key, value in group_metrics([group for _, group, _, _ in told]).items():
             self._metrics[key].append(value)
         self._metrics["frac_groups_skipped"].append(sum(skipped for *_, skipped in told) / len(told))

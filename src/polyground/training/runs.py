@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import (
     PrinterCallback,
     ProgressCallback,
@@ -26,6 +24,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.integrations import get_available_reporting_integrations, get_reporting_integration_callbacks
 
 from polyground.config import TrainingConfig
 from polyground.errors import ConfigError, DataError, PolygroundError, StorageError
@@ -34,6 +33,7 @@ from polyground.models.lora import compute_in_one_piece
 from polyground.models.saving import saving
 from polyground.models.shared_prefix import SHARED_PREFIX
 from polyground.storage import RowWriter, atomic_write_json, atomic_write_text, read_json, read_rows
+from polyground.training.view import View
 
 logger = logging.getLogger("polyground")
 
@@ -43,6 +43,8 @@ SEAL = "whole.json"
 LOG = "log.jsonl"
 """One row per log line of the trainer: `step` and what was measured since the one before."""
 
+WARNINGS = "warnings.jsonl"
+"""One row per warning of a run that was watched: `step`, `kind`, `text`. Empty where nothing was found."""
 
 ADAPTER, MODEL = "adapter", "model"
 """Where a stage's folder holds what was learnt: a LoRA adapter, or the whole model (`use_peft: false`)."""
@@ -86,6 +88,7 @@ def require_packable(model: Any) -> None:
 
 def training_arguments(config: TrainingConfig, out: Path, *, seed: int, max_steps: int, use_cpu: bool) -> TrainingArguments:
     """The recipe's knobs in transformers' words."""
+    require_loggers(config.report_to)
     recompute: dict[str, Any] = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
     return TrainingArguments(
         output_dir=str(out),
@@ -116,6 +119,22 @@ def training_arguments(config: TrainingConfig, out: Path, *, seed: int, max_step
     )
 
 
+def require_loggers(names: Sequence[str]) -> None:
+    """Refuse a logger that transformers does not know, or that is not installed, before anything is trained."""
+    if list(names) in (["all"], ["none"]):
+        return
+    try:
+        get_reporting_integration_callbacks(list(names))
+    except ValueError as error:
+        raise ConfigError(f"report_to: {error} An empty list logs to files only.") from error
+    missing = [name for name in names if name not in get_available_reporting_integrations()]
+    if missing:
+        raise ConfigError(
+            f"report_to: {', '.join(missing)} cannot be imported; run `pip install {' '.join(missing)}`, or take it out of "
+            "report_to (an empty list logs to files only)"
+        )
+
+
 class LogRows(TrainerCallback):
     """Writes every log line of the trainer to a JSON Lines file."""
 
@@ -133,61 +152,6 @@ class LogRows(TrainerCallback):
         if state.is_world_process_zero and logs:
             with RowWriter(self._path) as rows:
                 rows.append({"step": state.global_step, **{key: value for key, value in logs.items() if key != "step"}})
-
-
-class ProgressBar(TrainerCallback):
-    """One bar on standard error with the latest figures; where that is no terminal, a line for about every tenth of the run."""
-
-    SHOWN = ("loss", "reward", "iou", "frac_reward_zero_std")
-    """Logged values worth watching, where a trainer has them."""
-
-    def __init__(self, description: str) -> None:
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-        )
-        self._console = Console(stderr=True)
-        self._progress = Progress(*columns, TextColumn("{task.fields[figures]}"), console=self._console)
-        self._task = self._progress.add_task(description, total=None, figures="")
-        self._description = description
-        self._tenth = -1
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self._progress.update(self._task, total=state.max_steps, completed=state.global_step)
-        if self._shown(state):
-            self._progress.start()
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self._progress.update(self._task, completed=state.global_step)
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: Mapping[str, Any] | None = None,
-        **_: Any,
-    ) -> None:
-        figures = "  ".join(f"{name} {float(logs[name]):.3f}" for name in self.SHOWN if logs and name in logs)
-        self._progress.update(self._task, figures=figures)
-        tenth = 10 * state.global_step // max(1, state.max_steps)
-        if state.is_world_process_zero and not self._console.is_terminal and figures and tenth > self._tenth:
-            self._console.print(
-                f"{self._description}: step {state.global_step} of {state.max_steps}  {figures}",
-                highlight=False,
-                soft_wrap=True,
-                markup=False,
-            )
-            self._tenth = tenth
-
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self._progress.stop()
-
-    def _shown(self, state: TrainerState) -> bool:
-        return self._console.is_terminal and state.is_world_process_zero
 
 
 def raising(batches: Iterator[Any]) -> Iterator[Any]:
@@ -335,7 +299,8 @@ def train(trainer: Trainer, out: Path, *, by_step: tuple[str, ...] = ()) -> dict
     trainer.add_callback(Seal(trainer.accelerator.wait_for_everyone, (LOG, *by_step)))
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(ProgressBar(out.name))
+    view = View(out.name, log=out / LOG, warnings=out / WARNINGS)
+    trainer.add_callback(view)
     if done == total:
         logger.warning("%s: 0 steps left (all %d are in %s); only what was learnt is saved again", out, total, checkpoint)
         trainer._load_from_checkpoint(str(checkpoint))
@@ -344,8 +309,11 @@ def train(trainer: Trainer, out: Path, *, by_step: tuple[str, ...] = ()) -> dict
             passes = read_json(checkpoint / "trainer_state.json").get("epoch") or 0.5
             where = f", which ended pass {passes:.0f} over the data" if abs(passes - round(passes)) < 1e-6 else ""
             logger.warning("%s: resuming after step %d of %d%s", out, done, total, where)
-        with saving(out):
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        try:
+            with saving(out):
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        finally:
+            view.close()
     if trainer.is_fsdp_enabled:
         # Whatever checkpoints are: what was learnt is not left in pieces.
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")

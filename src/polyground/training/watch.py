@@ -23,12 +23,9 @@ from polyground.answer import Answer, Located, Unreadable
 from polyground.records import Example, Rollout
 from polyground.rollout import Group
 from polyground.storage import RowWriter, atomic_write_text, read_rows
-from polyground.training.runs import LOG
+from polyground.training.runs import LOG, WARNINGS
 
 logger = logging.getLogger("polyground")
-
-WARNINGS = "warnings.jsonl"
-"""One row per warning of a run: `step`, `kind`, `text`. Empty where nothing was found."""
 
 WINDOW_STEPS, WINDOW_LINES = 20, 3
 """Medians are over the log lines of so many steps, and over so many lines at least. Of 240 runs of 200 steps that changed nothing

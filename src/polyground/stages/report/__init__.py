@@ -1,4 +1,4 @@
-"""One self-contained HTML page about a run: results with intervals, training curves, data funnels, answers drawn on images.
+"""One self-contained HTML page about a run: results with intervals, errors and changes, training curves, answers on images.
 
 It only reads what other stages left under the recipe's folder, and says so where a part is not there yet. It measures
 nothing itself: numbers come from the evaluation's `results.json`, scores of single answers from its rows.
@@ -28,6 +28,22 @@ from polyground.metrics import Estimate
 from polyground.records import Example, Rollout
 from polyground.rollout import is_right
 from polyground.stages import ROLES, benchmark_rows, read_split
+from polyground.stages.report.answers import (
+    Asked,
+    Facet,
+    Kind,
+    Shares,
+    Turned,
+    errors_of,
+    explained,
+    image_confusion,
+    kinds_by_split,
+    kinds_by_task,
+    kinds_from_to,
+    overlaps,
+    turned,
+    turned_samples,
+)
 from polyground.stages.report.pictures import (
     LABELS,
     Sample,
@@ -43,6 +59,9 @@ from polyground.storage import MANIFEST, atomic_write_text, read_json, read_rows
 
 HEADINGS = {"test": "Multi-image grounding, in domain", "ood": "Grounding, out of domain", "perception": "Multi-image perception"}
 """Of the evaluation splits; the first word of a split's name decides (`ood_lisa` is out of domain)."""
+
+SHORT_HEADINGS = {"test": "in domain", "ood": "out of domain", "perception": "perception"}
+"""The same on a tab."""
 
 STAGES = ("world", "synthesize", "sft", "sft-merged", "reject", "grpo", "grpo-merged", *(f"evaluate/{role}" for role in ROLES))
 """Folders of a run, in the order they are made."""
@@ -82,10 +101,52 @@ class Table:
     """The results of one split: a row per task and the macro average last."""
 
     title: str
+    short: str
     models: Sequence[str]
     columns: Sequence[str]
     rows: Sequence[Row]
     chart: Markup
+    differences: Sequence[Compared]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Compared:
+    """Second model minus first, task by task."""
+
+    first: str
+    second: str
+    drawing: Markup
+    examples: int
+    better: int
+    worse: int
+    p_value: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Errors:
+    """What the answers are that are not right."""
+
+    model: str
+    """The last of the models: whose tasks and examples are shown."""
+    kinds: Sequence[tuple[Kind, str]]
+    """Those that occur, explained."""
+    bars: Sequence[Facet]
+    tasks: Shares
+    examples: Sequence[tuple[Kind, int, Sequence[Sample]]]
+    images: Sequence[Facet]
+    overlaps: Sequence[Facet]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Changes:
+    """What the last model got right that the one before did not, and the reverse."""
+
+    first: str
+    second: str
+    splits: Sequence[Turned]
+    kinds: Shares
+    gained: Sequence[Sample]
+    lost: Sequence[Sample]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -111,10 +172,13 @@ class Page:
     has_intervals: bool
     headline: Sequence[Headline]
     tables: Sequence[Table]
+    changes: Changes | None
+    errors: Errors | None
     training: Sequence[Part]
     funnel: Sequence[Step]
     pass_rates: Figure | None
     gallery: Sequence[Sample]
+    gallery_splits: Sequence[str]
     gallery_tasks: Sequence[str]
     gallery_outcomes: Sequence[str]
     timing: Sequence[tuple[str, str]]
@@ -137,7 +201,10 @@ def gather(recipe: Recipe) -> Page:
     tables: Mapping[str, Any] = results["splits"]
     threshold = float(results["tags"]["headline_iou"])
     pooled = {member for table in tables.values() for member in table.get("pooled", ())}
-    gallery = _gallery(recipe, [split for split, table in tables.items() if "pooled" not in table], models, threshold=threshold)
+    asked = _asked(recipe, [split for split, table in tables.items() if "pooled" not in table], models)
+    titles = {split: heading(split, SHORT_HEADINGS) for split in asked}
+    every = [one for split in asked.values() for one in split]
+    gallery = _gallery(recipe, asked, threshold=threshold)
     training = [sft_part(recipe), grpo_part(recipe, threshold=threshold)]
     return Page(
         title=recipe.report.title or recipe.name,
@@ -148,10 +215,13 @@ def gather(recipe: Recipe) -> Page:
         has_intervals=results["tags"]["bootstrap"] > 0,
         headline=[_headline(split, table, threshold=threshold) for split, table in tables.items() if split not in pooled],
         tables=[_table(split, table, threshold=threshold) for split, table in tables.items()],
+        changes=_changes(recipe, every, titles, threshold=threshold),
+        errors=_errors(recipe, every, titles, threshold=threshold),
         training=training,
         funnel=_funnel(_summary_of(recipe, "synthesize")),
         pass_rates=_pass_rates(recipe),
         gallery=gallery,
+        gallery_splits=list(dict.fromkeys(sample.split for sample in gallery)),
         gallery_tasks=sorted({sample.task for sample in gallery}),
         gallery_outcomes=list(dict.fromkeys(sample.outcome for sample in gallery)),
         timing=_timing(recipe),
@@ -243,6 +313,20 @@ def _examples(recipe: Recipe, split: str) -> dict[str, Example]:
     return {example.key: example for example in (read_split(recipe, split) if rows is None else rows.examples)}
 
 
+def _asked(recipe: Recipe, splits: Sequence[str], models: Sequence[str]) -> dict[str, list[Asked]]:
+    """By split, the questions that every model has answered; splits without one are left out."""
+    found = {}
+    for split in splits:
+        answers = _answers(recipe, split)
+        keys = _shared(answers)
+        examples = _examples(recipe, split) if keys else {}
+        shown = [model for model in models if model in answers]
+        rows = [Asked(split, examples[key], {model: answers[model][key] for model in shown}) for key in keys if key in examples]
+        if rows:
+            found[split] = rows
+    return found
+
+
 def _shared(answers: Mapping[str, Mapping[str, Rollout]]) -> list[str]:
     """Keys of the questions that every model has answered, sorted."""
     keys = [set(rollouts) for rollouts in answers.values()]
@@ -252,13 +336,13 @@ def _shared(answers: Mapping[str, Mapping[str, Rollout]]) -> list[str]:
 # ---- numbers
 
 
-def heading(split: str) -> str:
+def heading(split: str, names: Mapping[str, str] = HEADINGS) -> str:
     """
     >>> heading("test"), heading("ood_lisa"), heading("ood (all)")
     ('Multi-image grounding, in domain', 'Grounding, out of domain: lisa', 'Grounding, out of domain: all')
     """
     kind, _, rest = split.replace(" (all)", "_all").partition("_")
-    return HEADINGS.get(kind, kind) + (f": {rest}" if rest else "")
+    return names.get(kind, kind) + (f": {rest}" if rest else "")
 
 
 def _headline(split: str, table: Mapping[str, Any], *, threshold: float) -> Headline:
@@ -288,10 +372,26 @@ def _table(split: str, table: Mapping[str, Any], *, threshold: float) -> Table:
     bars = {model: [_accuracy(of_models(task)[i], threshold) for task in tasks] for i, model in enumerate(models)}
     return Table(
         title=heading(split),
+        short=heading(split, SHORT_HEADINGS),
         models=models,
         columns=[f"acc@{threshold:g}", "mean IoU", "image", "unread"] if grounding else ["accuracy", "unread"],
         rows=rows,
         chart=charts.grouped_bars(tasks, bars),
+        differences=[_compared(pair, found) for pair, found in table["differences"].items()],
+    )
+
+
+def _compared(pair: str, found: Mapping[str, Any]) -> Compared:
+    second, first = pair.split("-")
+    rows = {task: Estimate(**row) for task, row in sorted(found["tasks"].items())}
+    return Compared(
+        first=first,
+        second=second,
+        drawing=charts.difference_strip({**rows, "macro average": Estimate(**found["macro"])}),
+        examples=found["examples"],
+        better=found["better"],
+        worse=found["worse"],
+        p_value=found["p_value"],
     )
 
 
@@ -329,7 +429,52 @@ def _percent(share: float) -> str:
     return f"{share * 100:.1f}"
 
 
-# ---- training
+# ---- what became of the answers
+
+
+def _changes(recipe: Recipe, asked: Sequence[Asked], titles: Mapping[str, str], *, threshold: float) -> Changes | None:
+    """Of the last two models that have answered everything; None where there is one model only."""
+    models = _common(asked)
+    if len(models) < 2:
+        return None
+    first, second = models[-2:]
+    size = recipe.report.gallery_size // 4
+    gained, lost = turned_samples(asked, first, second, size=size, threshold=threshold)
+    return Changes(
+        first=first,
+        second=second,
+        splits=turned(asked, first, second, titles, threshold=threshold),
+        kinds=kinds_from_to(asked, first, second, threshold=threshold),
+        gained=[_sample(recipe, one, threshold=threshold) for one in gained],
+        lost=[_sample(recipe, one, threshold=threshold) for one in lost],
+    )
+
+
+def _errors(recipe: Recipe, asked: Sequence[Asked], titles: Mapping[str, str], *, threshold: float) -> Errors | None:
+    models = _common(asked)
+    if not models:
+        return None
+    model, sentences = models[-1], explained(threshold)
+    examples = errors_of(asked, model, size=recipe.report.gallery_size // 12, threshold=threshold)
+    tasks = kinds_by_task(asked, model, threshold=threshold)
+    met = {kind for name in models for kind in kinds_by_task(asked, name, threshold=threshold).columns}
+    return Errors(
+        model=model,
+        kinds=[(kind, sentences[kind]) for kind in Kind if kind in met],
+        bars=kinds_by_split(asked, models, titles, threshold=threshold),
+        tasks=tasks,
+        examples=[
+            (kind, count, [_sample(recipe, one, threshold=threshold) for one in shown])
+            for kind, (count, shown) in examples.items()
+        ],
+        images=image_confusion(asked, models, titles),
+        overlaps=overlaps(asked, models, titles, threshold=threshold),
+    )
+
+
+def _common(asked: Sequence[Asked]) -> list[str]:
+    """The models that have answered every one of these questions."""
+    return [model for model in (asked[0].rollouts if asked else ()) if all(model in one.rollouts for one in asked)]
 
 
 # ---- data made on the way
@@ -366,20 +511,17 @@ def _pass_rates(recipe: Recipe) -> Figure | None:
 # ---- gallery
 
 
-def _gallery(recipe: Recipe, splits: Sequence[str], models: Sequence[str], *, threshold: float) -> list[Sample]:
+def _gallery(recipe: Recipe, asked: Mapping[str, Sequence[Asked]], *, threshold: float) -> list[Sample]:
     """Six in ten samples from the first split, the rest from the others in equal parts."""
     size = recipe.report.gallery_size
-    answers = {split: found for split in splits if _shared(found := _answers(recipe, split))}
     samples: list[Sample] = []
-    for place, (split, by_model) in enumerate(answers.items()):
-        others = len(answers) - 1
+    for place, rows in enumerate(asked.values()):
+        others = len(asked) - 1
         share = 1.0 if not others else 0.6 if place == 0 else 0.4 / others
-        examples = _examples(recipe, split)
-        keys = [key for key in _shared(by_model) if key in examples]
-        asked = {key: {model: by_model[model][key] for model in models if model in by_model} for key in keys}
-        outcomes = {key: (outcome(rollouts, threshold=threshold), examples[key].task) for key, rollouts in asked.items()}
+        by_key = {one.example.key: one for one in rows}
+        outcomes = {key: (outcome(one.rollouts, threshold=threshold), one.example.task) for key, one in by_key.items()}
         chosen = choose(outcomes, size=round(size * share))
-        samples += [_sample(recipe, examples[key], split, asked[key], threshold=threshold) for key in chosen]
+        samples += [_sample(recipe, by_key[key], threshold=threshold) for key in chosen]
     return samples
 
 
@@ -416,13 +558,14 @@ def _take_turns(queues: Iterable[Sequence[str]]) -> list[str]:
     return [queue[i] for i in range(longest) for queue in lists if i < len(queue)]
 
 
-def _sample(recipe: Recipe, example: Example, split: str, rollouts: Mapping[str, Rollout], *, threshold: float) -> Sample:
+def _sample(recipe: Recipe, asked: Asked, *, threshold: float) -> Sample:
+    example, rollouts = asked.example, asked.rollouts
     located = boxes_of(example, rollouts)
     kind = outcome(rollouts, threshold=threshold)
     tone = "good" if kind == "all right" or kind.startswith("fixed") else "bad"
     return Sample(
         key=example.key,
-        split=split,
+        split=asked.split,
         task=example.task,
         outcome=kind,
         tone=tone,

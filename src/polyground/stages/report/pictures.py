@@ -138,7 +138,14 @@ def draw_picture(path: Path, boxes: Sequence[tuple[str, Box]], *, side: int) -> 
     # Drawn at the size asked for; a smaller file is only stretched by the browser, not stored larger.
     width, height = max(1, round(image.width * max(scale, 1))), max(1, round(image.height * max(scale, 1)))
     drawn = [place_box(model, box, width, height) for model, box in boxes]
-    return Picture(uri=to_data_uri(image), width=width, height=height, boxes=drawn)
+    return Picture(uri=small_uri(image), width=width, height=height, boxes=drawn)
+
+
+def small_uri(image: Image.Image) -> str:
+    """The image for the page: without loss, unless it is a photograph, which JPEG keeps in far fewer bytes."""
+    lossless = to_data_uri(image)
+    lossy = to_data_uri(image, kind="JPEG")
+    return lossy if 2 * len(lossy) < len(lossless) else lossless
 
 
 def place_box(model: str, box: Box, width: int, height: int) -> Drawn:
