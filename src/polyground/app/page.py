@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from polyground.app.asking import Entrant, Panel, Reply, Settings, drawn, questi
 from polyground.app.library import Library
 from polyground.app.pictures import card, message, paint, pictures, thought
 from polyground.app.rows import Filter, Outcome, Shelf, pages_of, write_export
-from polyground.errors import PolygroundError
+from polyground.errors import DataError, PolygroundError
 from polyground.records import Example
 
 PAGE = 5
@@ -111,7 +112,7 @@ def _ask_tab(panel: Panel, examples: Sequence[Example], settings: Settings) -> N
                                 elem_id=f"pg-json-{len(values)}",
                                 lines=4,
                                 max_lines=14,
-                                wrap_lines=True,
+                                show_line_numbers=False,
                             )
                         )
 
@@ -170,7 +171,7 @@ def _ask_tab(panel: Panel, examples: Sequence[Example], settings: Settings) -> N
                     if isinstance(told, Reply):
                         replies[entrant.name] = told
                         update[1:3] = state()
-                        update[3 + len(panel.names) + place] = json.dumps(told.told, indent=2, ensure_ascii=False)
+                        update[3 + len(panel.names) + place] = in_pixels(told.told)
                     yield tuple(update)
             except PolygroundError as error:
                 update = list(same)
@@ -217,6 +218,20 @@ def _thought(entrant: Entrant, told: str | Reply, colours: Mapping[str, str]) ->
     return thought(entrant.name, colours[entrant.name], reasoning=reasoning, reply=reply, status=status)
 
 
+def in_pixels(told: Mapping[str, Any]) -> str:
+    """The answer as JSON, without the texts that stand above it; a box is one line.
+
+    >>> print(in_pixels({"image": 1, "box": [0.5, 1.0, 2.0, 3.0], "reasoning": None, "raw": "", "boxes": []}))
+    {
+      "image": 1,
+      "box": [0.5, 1.0, 2.0, 3.0],
+      "boxes": []
+    }
+    """
+    text = json.dumps({name: value for name, value in told.items() if name not in ("reasoning", "raw")}, indent=2)
+    return re.sub(r"\[\s*([-\d.,\s]+?)\s*\]", lambda found: "[" + " ".join(found[1].split()) + "]", text)
+
+
 # ---- browsing
 
 
@@ -241,10 +256,10 @@ def _browse_tab(page: gr.Blocks, library: Library, scratch: Path) -> None:
         text = gr.Textbox(label="Key holds", lines=1, elem_id="pg-key", scale=2)
         low = gr.Number(label="Pass rate from", value=0, minimum=0, maximum=1, step=0.05, scale=1)
         high = gr.Number(label="to", value=1, minimum=0, maximum=1, step=0.05, scale=1, elem_id="pg-rate-high")
-        least = gr.Number(label="Reward from", value=None, step=0.1, scale=1)
-        most = gr.Number(label="to", value=None, step=0.1, scale=1)
+        least = gr.Textbox(label="Reward from", placeholder="any", lines=1, scale=1, elem_id="pg-reward-low")
+        most = gr.Textbox(label="to", placeholder="any", lines=1, scale=1, elem_id="pg-reward-high")
         only = gr.Checkbox(label="Marked rows only", value=False, elem_id="pg-only", scale=1)
-    with gr.Row():
+    with gr.Row(elem_classes="pg-paging"):
         back = gr.Button("◀ Previous page", elem_id="pg-back")
         number = gr.Number(label="Page", value=1, minimum=1, precision=0, elem_id="pg-page")
         on = gr.Button("Next page ▶", elem_id="pg-next")
@@ -255,7 +270,7 @@ def _browse_tab(page: gr.Blocks, library: Library, scratch: Path) -> None:
     out = gr.File(label="Marked rows as JSON Lines", visible=False, elem_id="pg-file", interactive=False)
     boxes, cards, slots = [], [], []
     for place in range(PAGE):
-        with gr.Group(visible=False) as slot:
+        with gr.Column(visible=False, elem_classes="pg-slot") as slot:
             boxes.append(gr.Checkbox(label="Mark", elem_id=f"pg-mark-{place}", container=False))
             cards.append(gr.HTML(elem_id=f"pg-card-{place}"))
         slots.append(slot)
@@ -270,7 +285,7 @@ def _browse_tab(page: gr.Blocks, library: Library, scratch: Path) -> None:
             images=frozenset(map(int, images or ())),
             outcomes=_masks(ways or ()),
             pass_rate=(0.0 if lo is None else float(lo), 1.0 if hi is None else float(hi)),
-            reward=(-math.inf if worst is None else float(worst), math.inf if best is None else float(best)),
+            reward=(_bound(worst, -math.inf), _bound(best, math.inf)),
             text=part or "",
         )
         rows = shelf.select(wanted)
@@ -324,7 +339,10 @@ def _browse_tab(page: gr.Blocks, library: Library, scratch: Path) -> None:
         return marking
 
     def mark_all(marked: Mapping[str, Any], *values: Any) -> dict[str, Any]:
-        _, rows = rows_of(marked, *values)
+        try:
+            _, rows = rows_of(marked, *values)
+        except PolygroundError:
+            return dict(marked)
         return {**marked, values[0]: frozenset(marked.get(values[0], frozenset())) | frozenset(rows)}
 
     def write(marked: Mapping[str, Any], name: str) -> tuple[Any, ...]:
@@ -342,9 +360,10 @@ def _browse_tab(page: gr.Blocks, library: Library, scratch: Path) -> None:
     first = gr.State(1)
     page.load(open_shelf, view, [tasks, counts, outcomes], **options).then(show, [marks, first, *filters], shown, **options)
     view.input(open_shelf, view, [tasks, counts, outcomes], **options).then(show, [marks, first, *filters], shown, **options)
-    for one in (tasks, counts, outcomes, low, high, least, most, only):
+    for one in (tasks, counts, outcomes, low, high, only):
         one.input(show, [marks, first, *filters], shown, **options)
-    text.submit(show, [marks, first, *filters], shown, **options)
+    for written in (text, least, most):
+        written.submit(show, [marks, first, *filters], shown, **options)
     number.submit(show, [marks, number, *filters], shown, **options)
     back.click(lambda marked, at, *rest: show(marked, int(at or 1) - 1, *rest), [marks, number, *filters], shown, **options)
     on.click(lambda marked, at, *rest: show(marked, int(at or 1) + 1, *rest), [marks, number, *filters], shown, **options)
@@ -353,6 +372,14 @@ def _browse_tab(page: gr.Blocks, library: Library, scratch: Path) -> None:
     every.click(mark_all, [marks, *filters], marks, **options).then(show, [marks, number, *filters], shown, **options)
     none.click(lambda: {}, None, marks, **options).then(show, [marks, number, *filters], shown, **options)
     export.click(write, [marks, view], [status, out], **options)
+
+
+def _bound(text: str, otherwise: float) -> float:
+    """The number in a field that may be empty. Raises DataError for what is none."""
+    try:
+        return float(text) if text and text.strip() else otherwise
+    except ValueError as error:
+        raise DataError(f"Reward: {text!r} is not a number; write one such as 0.5, or leave the field empty") from error
 
 
 def _masks(ways: Sequence[str]) -> dict[str, Outcome]:

@@ -96,8 +96,9 @@ def _mark(name: str, box: Box, colours: Mapping[str, str], turn: int, width: int
     x0, y0, x1, y1 = box.to_pixels(width=width, height=height)
     label = LABELS.get(name, name)
     plate = text * (0.62 * len(label) + 0.6)
-    # Labels of boxes that agree have a corner each: above or below, left or right.
-    x = x0 if turn % 2 == 0 else x1 - plate
+    # Labels of boxes that agree have a corner each, above or below, and leave from the middle to the left or to the right.
+    middle = (x0 + x1) / 2
+    x = min(x0, middle - plate) if turn % 2 == 0 else max(x1 - plate, middle)
     y = y0 - 1.25 * text if turn // 2 % 2 == 0 else y1 + 0.05 * text
     return Mark(
         name=name,
