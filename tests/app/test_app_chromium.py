@@ -32,7 +32,10 @@ CHROMIUM = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, NAM
 WAIT = 60_000
 """Milliseconds; other work shares the cores."""
 
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason=f"no Chromium: none of {', '.join(NAMES)}, and $CHROMIUM is not set")
+pytestmark = [
+    pytest.mark.skipif(CHROMIUM is None, reason=f"no Chromium: none of {', '.join(NAMES)}, and $CHROMIUM is not set"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:gradio.*"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +134,7 @@ def test_a_file_that_is_no_image_is_named_in_an_alert(page: Any, tmp_path: Path)
 
 def test_an_example_brings_its_images_question_and_truth(page: Any) -> None:
     page.click("#pg-example input")
-    page.click("[role=option] >> text=multi view")
+    page.click("[role=option] >> text=common object")
     page.wait_for_selector("#pg-sheet svg")
     page.click("#pg-ask")
     answered(page)

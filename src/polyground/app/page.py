@@ -31,6 +31,8 @@ class Asked:
     """What is on the page of the last question: kept per visitor."""
 
     example: Example | None = None
+    paths: Sequence[str] = ()
+    """Of the files as they were when it was asked."""
     has_truth: bool = False
     replies: Mapping[str, Reply] = field(default_factory=dict)
 
@@ -122,8 +124,11 @@ def _ask_tab(panel: Panel, examples: Sequence[Example], settings: Settings) -> N
             return gr.skip(), gr.skip(), None
         return [str(path) for path in example.images], example.question, example.key
 
-    def look(paths: Sequence[str] | None, key: str | None) -> tuple[Any, ...]:
+    def look(paths: Sequence[str] | None, key: str | None, now: Asked) -> tuple[Any, ...]:
         """Show the images as they are, before anything is asked."""
+        if now.paths and tuple(paths or ()) == tuple(now.paths):
+            # Word of the change came after the question: its answers stay.
+            return (gr.skip(),) * (3 + 2 * len(panel.names))
         images = [Path(path) for path in paths or ()]
         blank = (*(_waiting(name, colours) for name in panel.names), *("" for _ in panel.names))
         try:
@@ -158,7 +163,7 @@ def _ask_tab(panel: Panel, examples: Sequence[Example], settings: Settings) -> N
         has_truth = example.key in by_key
 
         def state() -> tuple[str, Asked]:
-            now = Asked(example=example, has_truth=has_truth, replies=dict(replies))
+            now = Asked(example=example, paths=tuple(paths or ()), has_truth=has_truth, replies=dict(replies))
             return _sheet(now, names, colours), now
 
         waiting = [_waiting(name, colours, "waits for its turn") for name in panel.names]
@@ -182,7 +187,7 @@ def _ask_tab(panel: Panel, examples: Sequence[Example], settings: Settings) -> N
     if choices:
         chosen.change(take, chosen, [files, question, known], api_visibility="private")
     outputs = [note, sheet, asked, *texts, *values]
-    files.change(look, [files, known], outputs, api_visibility="private", show_progress="hidden")
+    files.change(look, [files, known, asked], outputs, api_visibility="private", show_progress="hidden")
     inputs = [files, question, known, shown, instruction, max_tokens, temperature, seed]
     options: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden", "concurrency_limit": 1}
     events = [go.click(ask, inputs, outputs, **options), question.submit(ask, inputs, outputs, **options)]
