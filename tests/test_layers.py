@@ -49,8 +49,9 @@ HEIGHTS = {
     "training": 8,
     "stages": 9,
     "demo": 10,
-    "cli": 11,
-    "__main__": 12,
+    "app": 11,
+    "cli": 12,
+    "__main__": 13,
 }
 """The table of CONTRIBUTING.md. `errors`, which everything may raise, is at the bottom; trainers learn from groups, so
 `training` stands above `rollout`."""

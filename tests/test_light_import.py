@@ -43,6 +43,10 @@ LIGHT = [
     "stages.reject",
     "stages.evaluate",
     "stages.run",
+    "app.library",
+    "app.asking",
+    "app.pictures",
+    "app.server",
     "cli",
 ]
 

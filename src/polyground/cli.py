@@ -47,6 +47,8 @@ TOOLS = {
     "check-coords": "draw the truth after a round trip through prompt, grid and parser",
     "score": "score a benchmark's responses, whoever made them",
     "results": "run a study (a recipe over seeds and arms) and write the tables that say what each stage buys",
+    "demo": "ask one or several models about images on a page of this machine, boxes drawn side by side",
+    "browse": "look through a run or a data set row by row on the same page; mark rows and export them",
 }
 """Verbs that need no recipe: a module of `polyground.stages` with `arguments(parser)` and `run(options)`, which returns text."""
 OWN = {
@@ -54,6 +56,8 @@ OWN = {
     "completion": "print a script that completes verbs and keys: bash, zsh or fish",
 }
 """Verbs that need no recipe and stand in this module."""
+PAGES = ("demo", "browse")
+"""Tools whose module is in `polyground.app`."""
 SHARED = ("synthesize", "reject", "evaluate")
 """Verbs whose questions may be shared out over processes and machines."""
 TRAINED = ("sft", "grpo")
@@ -288,6 +292,8 @@ def _say(verb: str, summary: Any) -> None:
 
 def _tool(verb: str, rest: Sequence[str]) -> int:
     parser, module = _tool_parser(verb)
+    if verb == "demo":
+        _set_threads()
     text = module.run(parser.parse_args(rest))
     if text:
         print(text)
@@ -301,7 +307,8 @@ def _tool_parser(verb: str) -> tuple[argparse.ArgumentParser, Any]:
         module = importlib.import_module("polyground.stages.convert")
         module.arguments(parser, source="polyground")
     else:
-        module = importlib.import_module(f"polyground.stages.{verb.replace('-', '_')}")
+        package = "app" if verb in PAGES else "stages"
+        module = importlib.import_module(f"polyground.{package}.{verb.replace('-', '_')}")
         module.arguments(parser)
     return parser, module
 

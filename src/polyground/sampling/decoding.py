@@ -70,9 +70,17 @@ def shared_attention(prompts: Any, device: torch.device) -> dict[str, Any]:
     return {"attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device), "prompts": prompts}
 
 
-def decode(parts: Parts, prefilled: Prefilled, written: Written, settings: Settings, *, share: bool) -> None:
+def decode(
+    parts: Parts,
+    prefilled: Prefilled,
+    written: Written,
+    settings: Settings,
+    *,
+    share: bool,
+    look: Callable[[], None] | None = None,
+) -> None:
     """Decode all rows of the prompts into `written`; with `share`, rows read their prompt's keys where they lie.
-    Empties `prefilled.layers`."""
+    Empties `prefilled.layers`. `look` is called after every token of theirs."""
     rows = len(prefilled.logits_BV) * settings.n
     state = _Rows(prefilled, settings, share=share)
     prefilled.layers.clear()
@@ -81,6 +89,8 @@ def decode(parts: Parts, prefilled: Prefilled, written: Written, settings: Setti
     position = prefilled.position_B.repeat_interleave(settings.n)
     token = written.take(prefilled.logits_BV.repeat_interleave(settings.n, dim=0), alive, 0)
     for step in range(1, settings.max_tokens):
+        if look is not None:
+            look()
         keep = (~written.stopped_R[alive]).nonzero().squeeze(1)
         if len(keep) == 0:
             break

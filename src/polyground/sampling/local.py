@@ -103,6 +103,35 @@ class LocalSampler:
         """The same for prompts that are tensors already, as a trainer has them."""
         return self._sample(iter(prompts), list(keys), Settings(n, temperature, top_p, max_tokens, seed))
 
+    def stream(
+        self,
+        messages: Sequence[Message],
+        *,
+        temperature: float,
+        top_p: float = 1.0,
+        max_tokens: int,
+        seed: int,
+        tell: Callable[[str], None],
+    ) -> Completion:
+        """The one completion that `sample` gives of this prompt alone, told while it grows: its text so far, token by token.
+
+        `tell` is called in the caller's thread; what it raises ends the sampling.
+        """
+        settings = Settings(1, temperature, top_p, max_tokens, seed)
+        family = self._loaded.family
+        prompt = family.encode(messages)
+        with torch.no_grad(), _evaluating(self._loaded.model), self._precision(), merged_for_rollout(self._loaded.model):
+            written = self._written(1, settings)
+            prefilled = self._prefill([prompt])
+            written.start(uniform(prompt_keys([messages], None), settings))
+
+            def look() -> None:
+                length = int(written.length_R[0])
+                tell(family.decode(written.ids_RT[0, :length].tolist()))
+
+            decode(Parts.of(self._loaded), prefilled, written, settings, share=False, look=look)
+            return self._completions(written, 1, n=1)[0][0]
+
     def _sample(self, prompts: Iterator[Prompt], keys: Sequence[str], settings: Settings) -> list[list[Completion]]:
         groups: list[list[Completion]] = [[] for _ in keys]
         per_batch = max(1, self._batch_size // settings.n)
