@@ -37,7 +37,7 @@ STAGES = {
 _GROUND = "ask a model about image files and see the box"
 TOOLS = {
     "convert": "rewrite a data set in another format, row by row",
-    "export": "write rows of ours (converted, kept by synthesize or reject) in a layout of ShareGPT, ms-swift, TRL, …",
+    "export": "write rows of ours as ShareGPT, ms-swift, TRL, …; a run's predictions as COCO, FiftyOne, hub data set, card, …",
     "validate": "check a data set or a recipe before training: rows, images, boxes, leakage, tokens, memory",
     "check-coords": "draw the truth after a round trip through prompt, grid and parser",
     "score": "score a benchmark's responses, whoever made them",
@@ -217,8 +217,7 @@ def _say(verb: str, summary: Any) -> None:
 def _tool(verb: str, rest: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog=f"polyground {verb}", description=TOOLS[verb], allow_abbrev=False)
     if verb == "export":
-        module = importlib.import_module("polyground.stages.convert")
-        module.arguments(parser, source="polyground")
+        module = _export(parser, rest)
     else:
         module = importlib.import_module(f"polyground.stages.{verb.replace('-', '_')}")
         module.arguments(parser)
@@ -226,6 +225,24 @@ def _tool(verb: str, rest: Sequence[str]) -> int:
     if text:
         print(text)
     return 0
+
+
+def _export(parser: argparse.ArgumentParser, rest: Sequence[str]) -> Any:
+    """The stage that writes what `--to` names: predictions of a run, tasks for lmms-eval, or else rows."""
+    from polyground.lmms_eval import LAYOUT
+    from polyground.predictions import LAYOUTS
+
+    further = {**LAYOUTS, **LAYOUT}
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--to")
+    to = finder.parse_known_args([word for word in rest if word != "--"])[0].to
+    name = "convert" if to not in further else "export_tasks" if to in LAYOUT else "export"
+    module = importlib.import_module(f"polyground.stages.{name}")
+    if name == "convert":
+        module.arguments(parser, source="polyground", further=further)
+    else:
+        module.arguments(parser)
+    return module
 
 
 def _ground(rest: Sequence[str]) -> int:
