@@ -56,8 +56,8 @@ class Origin:
 # ---------------------------------------------------------------- the model
 
 
-def model_card(results: Mapping[str, Any], origin: Origin, identity: Identity) -> str:
-    """The README.md of a model folder."""
+def model_card(results: Mapping[str, Any], origin: Origin, identity: Identity, *, beside: bool = True) -> str:
+    """The README.md of a model folder; `beside` says that `results.json` lies there, too."""
     metadata = {
         **_metadata(identity),
         **({} if identity.base_model is None else {"base_model": identity.base_model}),
@@ -75,7 +75,7 @@ def model_card(results: Mapping[str, Any], origin: Origin, identity: Identity) -
             _answers(origin),
             "## Use\n",
             _use(),
-            *_result_sections(results, origin.role),
+            *_result_sections(results, origin.role, beside=beside),
             "## How it was made\n",
             _table(("what", "value"), origin.facts),
             "",
@@ -211,7 +211,7 @@ def dataset_card(
             "The configuration `results` is the tables as rows: split, model, task, measure, value with its 95 % interval.\n",
             _table(("split", "questions"), [(split, f"{count:,}") for split, count in splits.items()]),
             "",
-            *_result_sections(results, None),
+            *_result_sections(results, None, beside=True),
         ]
     )
 
@@ -232,7 +232,7 @@ def _size(rows: int) -> str:
 # ---------------------------------------------------------------- results
 
 
-def _result_sections(results: Mapping[str, Any], role: str | None) -> list[str]:
+def _result_sections(results: Mapping[str, Any], role: str | None, *, beside: bool) -> list[str]:
     """What was measured; of all models, so that one sees what a stage bought."""
     if not results["splits"]:
         return ["## Results\n", "Not evaluated.\n"]
@@ -255,7 +255,8 @@ def _result_sections(results: Mapping[str, Any], role: str | None) -> list[str]:
         "",
         f"In percent, with 95 % bootstrap intervals over questions ({tags['bootstrap']:,} resamples); differences in points of "
         f"accuracy at IoU {tags['headline_iou']:g} on the same questions. Greedy answers of at most "
-        f"{tags['decoding']['max_completion_length']:,} tokens. `results.json` beside this file holds everything.\n",
+        f"{tags['decoding']['max_completion_length']:,} tokens."
+        + (" `results.json` beside this file holds everything.\n" if beside else "\n"),
     ]
     first, table = next(iter(results["splits"].items()))
     threshold = f"{tags['headline_iou']:g}"

@@ -20,7 +20,8 @@ def grounding(rows: Sequence[Asked]) -> list[Asked]:
 def truth(rows: Sequence[Asked], *, name: str) -> dict[str, Any]:
     """The annotation file of one split."""
     categories = _categories(rows)
-    images, annotations = [], []
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
     for number, asked, picture in panes(rows):
         images.append(
             {

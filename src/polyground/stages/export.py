@@ -338,7 +338,8 @@ def _write_supervision(opened: _Run, options: argparse.Namespace, draft: Path) -
 
 
 def _write_fiftyone(opened: _Run, options: argparse.Namespace, draft: Path) -> _Counts:
-    counts, samples = _Counts(), []
+    counts = _Counts()
+    samples: list[dict[str, Any]] = []
     for split in opened.splits:
         rows = _asked(opened.rows(split), split, options, draft / IMAGES)
         counts.count(split, rows)
@@ -424,8 +425,10 @@ def _write_model(opened: _Run, options: argparse.Namespace) -> str:
         raise ConfigError("--model base: the base comes from elsewhere and has its own card; name sft or rl")
     source = Path(model_path(opened.recipe, role))
     origin = _origin(opened, role, source)
-    card = model_card(opened.results, origin, _identity(opened, options, f"{opened.recipe.name} {role}"))
-    if options.out.is_dir() and options.out.resolve() == source.resolve():
+    identity = _identity(opened, options, f"{opened.recipe.name} {role}")
+    in_place = options.out.is_dir() and options.out.resolve() == source.resolve()
+    card = model_card(opened.results, origin, identity, beside=not in_place)
+    if in_place:
         if (source / CARD).exists() and not options.force:
             raise StorageError(f"{source / CARD} exists; add --force to replace it")
         atomic_write_text(source / CARD, card)
@@ -473,7 +476,7 @@ _TOLD = {
         *("max_completion_length", "beta", "epsilon", "loss_type", "scale_rewards"),
     ),
 }
-_LORA = ("use_peft", "lora_r", "lora_alpha")
+_LORA = ("lora_r", "lora_alpha")
 _COUNTED = {"synthesize": ("kept",), "sft": ("rows", "steps"), "reject": ("kept",), "grpo": ("examples", "steps")}
 
 
@@ -482,8 +485,9 @@ def _facts_of(folder: Path, stage: str) -> list[tuple[str, str]]:
     manifest = read_manifest(folder)
     section = manifest.config.get(stage)
     knobs = section if isinstance(section, Mapping) else {}
-    wanted = (*_TOLD.get(stage, ()), *(_LORA if stage in _TOLD else ()))
-    facts = [(f"{stage}: {name}", str(knobs[name])) for name in wanted if knobs.get(name) is not None]
+    wanted = (*_TOLD.get(stage, ()), *(_LORA if knobs.get("use_peft") else ()))
+    # A number of steps below 0 leaves it to the epochs.
+    facts = [(f"{stage}: {name}", str(knobs[name])) for name in wanted if knobs.get(name) not in (None, -1)]
     if stage == "grpo":
         rewards = manifest.config.get("rewards") or []
         facts.append(("grpo: rewards", ", ".join(f"{reward['weight']:g} × {_reward(reward['name'])}" for reward in rewards)))

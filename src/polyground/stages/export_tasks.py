@@ -12,7 +12,7 @@ from pathlib import Path
 from polyground import __version__
 from polyground.answer import NATIVE_READERS
 from polyground.benchmarks import BENCHMARKS, read_annotation
-from polyground.conventions import GRIDS, load_convention
+from polyground.conventions import GRIDS, load_convention, model_folder
 from polyground.errors import ConfigError, StorageError
 from polyground.lmms_eval import LAYOUT, ROWS, SETTINGS, rows_of, settings_of, task_yaml, utils_py
 from polyground.prompts import INSTRUCTIONS
@@ -72,7 +72,7 @@ def run(options: argparse.Namespace) -> str:
         native = options.native or convention.native or "none"
     answers = {
         "grid": options.grid,
-        "model": None if options.model is None else str(options.model.absolute()),
+        "model": None if options.model is None else str(model_folder(options.model).absolute()),
         "max_pixels": options.max_pixels,
         "max_pixels_total": options.max_pixels_total,
         "native": None if native == "none" else native,
