@@ -11,7 +11,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic.fields import FieldInfo
 
-from polyground.cli import OWN, STAGES, TOOLS, command_parser
+from polyground.cli import OWN, STAGES, TOOLS, command_parser, export_parsers
 from polyground.config import DataSource, EndpointConfig, JudgeConfig, Recipe, RewardConfig, Section, ServedConfig, VllmConfig
 from polyground.storage import atomic_write_text
 
@@ -80,7 +80,12 @@ def reference() -> str:
 def command_line() -> str:
     parts = [CLI_HEAD, _table(("verb", "what it does"), [(f"`{verb}`", text) for verb, text in STAGES.items()])]
     for verb, text in {**OWN, **TOOLS}.items():
-        parts += [f"\n## `polyground {verb}`\n", f"{text[0].upper()}{text[1:]}.\n", _flags(command_parser(verb))]
+        parts += [f"\n## `polyground {verb}`\n", f"{text[0].upper()}{text[1:]}.\n"]
+        if verb != "export":
+            parts.append(_flags(command_parser(verb)))
+            continue
+        for what, parser in export_parsers().items():
+            parts += [f"\n### To export {what}\n", _flags(parser)]
     return "\n".join(parts) + "\n"
 
 

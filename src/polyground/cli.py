@@ -42,7 +42,7 @@ TOOLS = {
     "init": "write a recipe for your model and your data: four questions, or flags",
     "doctor": "look at this machine: libraries, GPU, memory, disk; say what to install",
     "convert": "rewrite a data set in another format, row by row",
-    "export": "write rows of ours (converted, kept by synthesize or reject) in a layout of ShareGPT, ms-swift, TRL, …",
+    "export": "write rows of ours as ShareGPT, ms-swift, TRL, …; a run's predictions as COCO, FiftyOne, hub data set, card, …",
     "validate": "check a data set or a recipe before training: rows, images, boxes, leakage, tokens, memory",
     "check-coords": "draw the truth after a round trip through prompt, grid and parser",
     "score": "score a benchmark's responses, whoever made them",
@@ -291,7 +291,7 @@ def _say(verb: str, summary: Any) -> None:
 
 
 def _tool(verb: str, rest: Sequence[str]) -> int:
-    parser, module = _tool_parser(verb)
+    parser, module = _tool_parser(verb, rest)
     if verb == "demo":
         _set_threads()
     text = module.run(parser.parse_args(rest))
@@ -300,17 +300,40 @@ def _tool(verb: str, rest: Sequence[str]) -> int:
     return 0
 
 
-def _tool_parser(verb: str) -> tuple[argparse.ArgumentParser, Any]:
-    """What a tool takes, and the module that runs it."""
+def _tool_parser(verb: str, rest: Sequence[str] = ()) -> tuple[argparse.ArgumentParser, Any]:
+    """What a tool takes, and the module that runs it; that of `export` depends on the words given."""
     parser = argparse.ArgumentParser(prog=f"polyground {verb}", description=TOOLS[verb], allow_abbrev=False)
     if verb == "export":
-        module = importlib.import_module("polyground.stages.convert")
-        module.arguments(parser, source="polyground")
+        module = _export(parser, rest)
     else:
         package = "app" if verb in PAGES else "stages"
         module = importlib.import_module(f"polyground.{package}.{verb.replace('-', '_')}")
         module.arguments(parser)
     return parser, module
+
+
+def export_parsers() -> dict[str, argparse.ArgumentParser]:
+    """What `export` takes, by what it is asked to write."""
+    layouts = {"rows": "trl", "the predictions of a run": "coco", "a benchmark as a task": "lmms-eval"}
+    return {what: _tool_parser("export", ["--to", layout])[0] for what, layout in layouts.items()}
+
+
+def _export(parser: argparse.ArgumentParser, rest: Sequence[str]) -> Any:
+    """The stage that writes what `--to` names: predictions of a run, tasks for lmms-eval, or else rows."""
+    from polyground.lmms_eval import LAYOUT
+    from polyground.predictions import LAYOUTS
+
+    further = {**LAYOUTS, **LAYOUT}
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--to")
+    to = finder.parse_known_args([word for word in rest if word != "--"])[0].to
+    name = "convert" if to not in further else "export_tasks" if to in LAYOUT else "export"
+    module = importlib.import_module(f"polyground.stages.{name}")
+    if name == "convert":
+        module.arguments(parser, source="polyground", further=further)
+    else:
+        module.arguments(parser)
+    return module
 
 
 def _completion_parser() -> argparse.ArgumentParser:
@@ -345,7 +368,9 @@ def commands() -> dict[str, Command]:
         own = [_key(name, info) for name, info in section.model_fields.items() if verb != "pretrain"]
         told[verb] = Command(about, [*own, _dry_run(), _help_option()])
     for verb, about in TOOLS.items():
-        told[verb] = Command(about, _flags(_tool_parser(verb)[0]))
+        parsers = export_parsers().values() if verb == "export" else [_tool_parser(verb)[0]]
+        options = [option for parser in parsers for option in _flags(parser)]
+        told[verb] = Command(about, list({option.name: option for option in reversed(options)}.values())[::-1])
     told["ground"] = Command(_GROUND, _flags(_ground_parser()))
     told["completion"] = Command(OWN["completion"], [Option("--help", takes_value=False)], words=tuple(SHELLS))
     return told

@@ -41,16 +41,22 @@ _CACHED = 100_000
 """Image sizes and existences kept in memory: an image asked about by several rows is opened once."""
 
 
-def arguments(parser: argparse.ArgumentParser, *, source: str | None = None) -> None:
-    """What `polyground convert` takes; with a `source`, as `polyground export` has it, that format is the only one read."""
+def arguments(parser: argparse.ArgumentParser, *, source: str | None = None, further: Mapping[str, str] | None = None) -> None:
+    """What `polyground convert` takes; with a `source`, as `polyground export` has it, that format is the only one read.
+
+    `further` are layouts that another stage writes, by name, for the help alone.
+    """
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = "formats (--to):\n" + "\n".join(f"  {name:<11} {fmt.about}" for name, fmt in FORMATS.items())
+    if further:
+        parser.epilog += "\n\nof a run or a benchmark (`polyground export RUN --to NAME --help`):\n"
+        parser.epilog += "\n".join(f"  {name:<13} {about}" for name, about in further.items())
     if source is None:
         parser.add_argument("source", metavar="SOURCE", help=f"format of the data: {', '.join(sorted(SOURCES))}")
     else:
         parser.set_defaults(source=source)
     parser.add_argument("path", metavar="PATH", help="annotation file, folder of shards, or hub:owner/name")
-    parser.add_argument("--to", required=True, choices=FORMATS, help="format to write, see below")
+    parser.add_argument("--to", required=True, choices=[*FORMATS, *(further or ())], help="format to write, see below")
     parser.add_argument("--out", required=True, type=Path, metavar="FILE", help=".jsonl, .json or .parquet, as the format allows")
     grid = parser.add_mutually_exclusive_group()
     grid.add_argument("--grid", metavar="NAME", help="what boxes are written on: per_mille, unit, pixels or per_mille_yxyx")
