@@ -49,7 +49,8 @@ EXTRAS: Mapping[str, Extra] = {
     ),
     "serve": Extra("served teachers and models (teacher, judge, rollouts)", {"openai": "1.50"}),
     "eval": Extra("average precision of MC-Bench and OdinW", {"pycocotools": "2.0.7"}),
-    "demo": Extra("the demo in the browser", {"gradio": "5"}),
+    "demo": Extra("the pages in the browser: demo and browse", {"gradio": "6"}),
+    "loggers": Extra("loggers beside TensorBoard, where a recipe names one", {"trackio": "0.43", "wandb": "0.31"}),
 }
 """By the name in brackets. Extras for those who work on polyground itself (dev, docs, fuzz) are not among them."""
 

@@ -168,9 +168,10 @@ def agree(before: Any, now: Any, default: Any) -> bool:
 
 
 def last_words(log: Path) -> str:
-    """The last line of a log that says something."""
+    """The last line of a log that says something, other than which page says more."""
     lines = log.read_text(encoding="utf-8", errors="replace").split("\n") if log.is_file() else []
-    return next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
+    said = (line.strip() for line in reversed(lines))
+    return next((line for line in said if line and not line.startswith("more: ")), "it said nothing")
 
 
 def plan(study: Study, runs: Sequence[Run]) -> str:
