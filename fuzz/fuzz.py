@@ -169,7 +169,7 @@ def fuzz(name: str, *, seconds: int) -> None:
         "-print_final_stats=1",
         str(corpus),
         str(seeds),
-        str(CASES / name),
+        *([str(CASES / name)] if (CASES / name).is_dir() else []),
     ]
     mutators = {"sources": _mutate_json}
     custom = {"custom_mutator": mutators[name]} if name in mutators else {}

@@ -243,7 +243,7 @@ def page(data: bytes) -> None:
     _write_rows(out / "grpo" / "log.jsonl", log)
     _write_rows(out / "grpo" / "warnings.jsonl", [{"step": 1, "kind": "x", "text": warning}])
     try:
-        html = report.run(recipe.model_copy(update={"name": title})).read_text(encoding="utf-8")
+        html = report.run(recipe.model_copy(update={"name": title})).read_bytes().decode("utf-8")
     except DataError as error:
         require("test.jsonl" in str(error), f"a row that cannot be an example is named: {error}")
         return
