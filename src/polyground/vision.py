@@ -9,7 +9,7 @@ import base64
 import hashlib
 import io
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 from polyground.conventions import Canvas, Convention
 from polyground.errors import DataError
-from polyground.geometry import Box
+from polyground.geometry import PER_MILLE, Box, Grid
 from polyground.imagefile import ImageError, decoded, problem_of
 from polyground.imagefile import image_size as image_size
 
@@ -97,6 +97,17 @@ def contact_sheet(
         for row, line in enumerate(text.split("\n")):
             draw.text((left, top + side + 2 + row * line_height), line, fill="black", font=font)
     return sheet
+
+
+def grids_by(convention: Convention) -> Callable[[Sequence[Path]], list[Grid]]:
+    """What tells the grids of one prompt's images under a convention; files are only measured where boxes are in pixels."""
+
+    def grids(images: Sequence[Path]) -> list[Grid]:
+        if convention.per_mille:
+            return [PER_MILLE] * len(images)
+        return [canvas_of(image, image_size(image), convention, images=len(images)).grid for image in images]
+
+    return grids
 
 
 def canvas_of(path: Path, size: tuple[int, int], convention: Convention, *, images: int) -> Canvas:

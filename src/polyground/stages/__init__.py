@@ -23,8 +23,8 @@ import yaml
 from polyground.config import DataSource, Recipe, Sampling
 from polyground.conventions import load_convention, model_folder
 from polyground.errors import ConfigError, DataError, StorageError
-from polyground.geometry import PER_MILLE, Grid
-from polyground.imagefile import image_size, problem_of
+from polyground.geometry import Grid
+from polyground.imagefile import problem_of
 from polyground.records import Example, Message
 from polyground.shards import Shard, gather, parse_shard, part_folder, part_identity
 from polyground.sources import ABOUT_ROWS, SOURCES, BadRow, Item, chosen, read_source, scan_source
@@ -107,15 +107,12 @@ def student(recipe: Recipe, role: str, *, sampler: Sampling, stage: str) -> Iter
     from polyground.rewards import Scorer
     from polyground.sampling.endpoint import EndpointSampler, Tokens
     from polyground.sampling.served import serving_of
-    from polyground.vision import canvas_of
+    from polyground.vision import grids_by
 
     folder = model_folder(model_path(recipe, role))
     convention = load_convention(folder, max_pixels_total=recipe.model.max_pixels_total)
 
-    def grids_of(images: Sequence[Path]) -> list[Grid]:
-        if convention.per_mille:
-            return [PER_MILLE] * len(images)
-        return [canvas_of(image, image_size(image), convention, images=len(images)).grid for image in images]
+    grids_of = grids_by(convention)
 
     def ask(example: Example) -> tuple[Sequence[Message], Sequence[Grid]]:
         grids = grids_of(example.images)

@@ -16,6 +16,7 @@ from polyground.prompts import PROMPT_VERSION, student_messages
 from polyground.records import Example, Message
 from polyground.shards import launched_processes
 from polyground.stages import (
+    answers_folder,
     best_device,
     model_identity,
     model_path,
@@ -119,7 +120,7 @@ def rollouts(recipe: Recipe, folder: Path) -> Iterator[tuple[Callable[[Loaded], 
                 served.urls,
                 served.model,
                 recipe.servers.endpoint,
-                cache=recipe.out / "answers" / "grpo",
+                cache=answers_folder(recipe, "grpo"),
                 api_key_env=served.api_key_env,
                 convention=loaded.family.convention,
                 section="servers.endpoint",

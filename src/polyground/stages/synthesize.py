@@ -44,7 +44,7 @@ from polyground.stages import (
 )
 from polyground.storage import RunFolder
 from polyground.teaching import MARKS
-from polyground.vision import canvas_of
+from polyground.vision import grids_by
 from polyground.worlds.teacher import read_scene_rows, row_of, scripted_completion
 
 if TYPE_CHECKING:
@@ -199,13 +199,7 @@ def _grids(name: str, max_pixels_total: int | None, key: str, pixels_key: str) -
             "writes boxes"
         )
     convention = load_convention(name, max_pixels_total=max_pixels_total)
-    if convention.per_mille:
-        return lambda images: [PER_MILLE] * len(images), convention
-
-    def pixels(images: Sequence[Path]) -> list[Grid]:
-        return [canvas_of(image, image_size(image), convention, images=len(images)).grid for image in images]
-
-    return pixels, convention
+    return grids_by(convention), convention
 
 
 def _scripted(recipe: Recipe, split: str, examples: Sequence[Example]) -> tuple[Sampler, str, int]:
