@@ -294,6 +294,8 @@ class SynthesizeConfig(Section):
     """Pixels that the images of one request share, where teacher_grid is a model folder; null leaves the folder's own limit."""
     error_rate: float = Field(default=0.15, ge=0, le=1)
     """Share of the scripted teacher's answers that are wrong on purpose, so that the filter has work to do."""
+    brief_rate: float = Field(default=0.0, ge=0, le=1)
+    """Share of the scripted teacher's right answers that go straight to the conclusion, without listing what is seen."""
     aid: Literal["never", "failed", "always"] = "never"
     """Whether an endpoint teacher is shown the annotation and asked to reason as if it had not been: `never` (unaided),
     `failed` for the questions of which no unaided attempt is kept, `always`. Where the annotation names no image: never."""

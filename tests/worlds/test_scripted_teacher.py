@@ -84,6 +84,15 @@ def test_the_error_rate_is_kept() -> None:
     assert 250 < wrong < 350
 
 
+def test_the_share_of_brief_reasoning_is_kept() -> None:
+    rng = random.Random(0)
+    brief = f"<think>{reason(ROW, brief=True)}</think>"
+    texts = [scripted_completion(ROW, EXAMPLE, GRIDS, rng, brief_rate=0.3) for _ in range(1000)]
+    assert 250 < sum(text.startswith(brief) for text in texts) < 350
+    assert {read_answer(text, GRIDS) for text in texts} == {EXAMPLE.target}
+    assert reason(ROW) == f"Image 1: red star. Image 2: red star, blue ring. {reason(ROW, brief=True)}"
+
+
 def test_a_missing_scene_row_is_named() -> None:
     assert row_of(EXAMPLE, {"refer_grounding/0": ROW}) is ROW
     with pytest.raises(DataError, match="refer_grounding/0"):

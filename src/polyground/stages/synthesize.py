@@ -210,12 +210,12 @@ def _scripted(recipe: Recipe, split: str, examples: Sequence[Example]) -> tuple[
         )
     rows = {key: row for path in scene_paths(recipe, split) for key, row in read_scene_rows(path).items()}
     by_key: Mapping[str, Example] = {example.key: example for example in examples}
-    rate = recipe.synthesize.error_rate
+    rates = {"error_rate": recipe.synthesize.error_rate, "brief_rate": recipe.synthesize.brief_rate}
 
     def script(key: str, sample: int, seed: int) -> str:
         example = by_key[key]
         rng = Random(sample_seed(seed, key, sample))
-        return scripted_completion(row_of(example, rows), example, [PER_MILLE] * len(example.images), rng, error_rate=rate)
+        return scripted_completion(row_of(example, rows), example, [PER_MILLE] * len(example.images), rng, **rates)
 
     return ScriptedSampler(script), "scripted", 32
 

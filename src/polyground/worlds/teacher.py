@@ -47,27 +47,40 @@ def row_of(example: Example, rows: Mapping[str, Mapping[str, Any]]) -> Mapping[s
     return rows[key]
 
 
-def reason(row: Mapping[str, Any]) -> str:
-    """The reasoning to the right answer: what the images hold, what follows, and which image it is. No coordinates.
+def reason(row: Mapping[str, Any], *, brief: bool = False) -> str:
+    """The reasoning to the right answer: what the images hold (not if brief), what follows, and which image it is.
+
+    No coordinates are in it.
 
     >>> items = [{"phrase": "red star"}, {"phrase": "blue ring"}]
     >>> row = {"images": [{"items": items[:1]}, {"items": items}], "target": {"image": 2, "item": 0}, "looked_at": [1, 2],
     ...        "facts": {"conclusion": "refer_grounding", "phrase": "red star"}}
     >>> reason(row)
     'Image 1: red star. Image 2: red star, blue ring. Image 1 shows the red star. It is in image 2.'
+    >>> reason(row, brief=True)
+    'Image 1 shows the red star. It is in image 2.'
     """
     if "choice" in row["target"]:
         facts = row["facts"]
-        return " ".join([*_seen(row), PRACTICE_CONCLUSIONS[facts["conclusion"]].format(**facts)])
-    return _reasoning(row, image=row["target"]["image"], phrase=row["facts"]["phrase"])
+        conclusion = PRACTICE_CONCLUSIONS[facts["conclusion"]].format(**facts)
+        return conclusion if brief else " ".join([*_seen(row), conclusion])
+    return _reasoning(row, image=row["target"]["image"], phrase=row["facts"]["phrase"], brief=brief)
 
 
 def scripted_completion(
-    row: Mapping[str, Any], example: Example, grids: Sequence[Grid], rng: Random, error_rate: float = 0.0
+    row: Mapping[str, Any],
+    example: Example,
+    grids: Sequence[Grid],
+    rng: Random,
+    error_rate: float = 0.0,
+    brief_rate: float = 0.0,
 ) -> str:
-    """A whole completion in the contract; with chance `error_rate` one of the mistakes, each as often."""
+    """A whole completion in the contract; with chance `error_rate` one of the mistakes, each as often.
+
+    With chance `brief_rate` what is right is not reasoned out: it goes straight to the conclusion.
+    """
     if rng.random() >= error_rate:
-        return write_completion(reason(row), example.target, grids)
+        return write_completion(reason(row, brief=rng.random() < brief_rate), example.target, grids)
     return mistaken_completion(row, example, grids, rng, rng.choice(tuple(Mistake)))
 
 
@@ -108,9 +121,10 @@ def _malformed(row: Mapping[str, Any], example: Example, grids: Sequence[Grid], 
     return rng.choice((cut, whole.replace("<answer>", ""), reason(row)))
 
 
-def _reasoning(row: Mapping[str, Any], *, image: int, phrase: str) -> str:
+def _reasoning(row: Mapping[str, Any], *, image: int, phrase: str, brief: bool = False) -> str:
     facts = {**row["facts"], "phrase": phrase, "n": image}
-    return " ".join([*_seen(row), CONCLUSIONS[facts["conclusion"]].format(**facts)])
+    conclusion = CONCLUSIONS[facts["conclusion"]].format(**facts)
+    return conclusion if brief else " ".join([*_seen(row), conclusion])
 
 
 def _seen(row: Mapping[str, Any]) -> list[str]:
