@@ -581,7 +581,9 @@ def readable(size: int) -> str:
 def many(count: int) -> str:
     """A count of parameters in words.
 
-    >>> many(8_292_166_656), many(7_124_000)
-    ('8.3 billion', '7.1 million')
+    >>> many(8_292_166_656), many(7_124_000), many(41_216)
+    ('8.3 billion', '7.1 million', '41,216')
     """
+    if count < 1e6:
+        return f"{count:,}"
     return f"{count / 1e9:.1f} billion" if count >= 1e9 else f"{count / 1e6:.1f} million"

@@ -196,7 +196,7 @@ def stream_rows(path: Path) -> Iterator[tuple[int, Any]]:
             with path.open(encoding="utf-8-sig") as file:
                 yield from _json_rows(file, path)
         except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{path}: cannot be read ({error}); is it the annotation file?") from error
+            raise _unreadable(path, error) from error
 
 
 def load_json(path: Path) -> Any:
@@ -204,9 +204,16 @@ def load_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read ({error}); is it the annotation file?") from error
+        raise _unreadable(path, error) from error
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not valid JSON ({error}); download or build it again") from error
+
+
+def _unreadable(path: Path, error: OSError | UnicodeDecodeError) -> DataError:
+    if isinstance(error, FileNotFoundError):
+        return DataError(f"{path}: cannot be read: there is no such file; check the path, which starts from {Path.cwd()}")
+    why = error.strerror if isinstance(error, OSError) else error
+    return DataError(f"{path}: cannot be read ({why}); is it the annotation file?")
 
 
 def _shards(folder: Path) -> list[Path]:

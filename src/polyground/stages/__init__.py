@@ -22,7 +22,7 @@ import yaml
 
 from polyground.config import DataSource, Recipe, Sampling
 from polyground.conventions import load_convention, model_folder
-from polyground.errors import ConfigError, DataError, StorageError
+from polyground.errors import ConfigError, DataError, SplitError, StorageError
 from polyground.geometry import Grid
 from polyground.imagefile import problem_of
 from polyground.records import Example, Message
@@ -46,6 +46,9 @@ VERBS = {"sft-merged": "merge", "grpo-merged": "merge"}
 
 EVALUATED = ("test", "ood", "perception")
 """Fields of `data` and `world` whose splits are benchmarks; `ood` and `perception` stand for several splits each."""
+
+PLACEHOLDER = "https://teacher.example/v1"
+"""The teacher's address in a recipe that waits for one; nobody answers there."""
 
 _ABOUT_FILES = ("check_images", "images_root", "images_out", "strip_prefix")
 """Options of a data file that may differ between machines, and between two attempts at a stage."""
@@ -266,13 +269,13 @@ def world_splits(recipe: Recipe) -> list[str]:
 def world_parts(recipe: Recipe, split: str) -> list[str]:
     """The splits of the simulated world that make up one of the recipe: its multiple choices are a file of their own.
 
-    Raises DataError where there is none.
+    Raises SplitError where there is none.
     """
     splits = world_splits(recipe)
     parts = [part for part in (split, f"{split}{CHOICE}") if part in splits]
     if not parts:
         known = ", ".join([*own_splits(recipe), *splits]) or "none"
-        raise DataError(
+        raise SplitError(
             f"the recipe has no split {split!r}: give data.{split} a file or world.{split} a size above 0; its splits: {known}"
         )
     return parts

@@ -26,7 +26,7 @@ import yaml
 
 from polyground.config import DataSource, GrpoConfig, SftConfig, load_recipe
 from polyground.conventions import GRIDS, Convention, load_convention
-from polyground.errors import ConfigError, DataError, PolygroundError, StorageError, UsageError
+from polyground.errors import ConfigError, DataError, GridError, PolygroundError, StorageError, UsageError
 from polyground.exports import Style, names_under, write_row
 from polyground.imagefile import image_size
 from polyground.memory import ModelSize, Prompts, grpo_memory, many, model_size, readable, sft_memory
@@ -36,7 +36,7 @@ from polyground.sources import SOURCES, BadRow, Item
 from polyground.sources.reading import NAMED, screen_images
 from polyground.sources.recognise import fields_of, recognise
 from polyground.splits import ImageHashes
-from polyground.stages import aligned, say, scan_file, source_options
+from polyground.stages import PLACEHOLDER, aligned, say, scan_file, source_options
 from polyground.tokens import PromptCounter
 
 SPLITS = ("train", "rl", "validation", "test")
@@ -220,9 +220,7 @@ def _needs_grid(source: str, file: Path, told: Mapping[str, Any]) -> bool:
     """Rows without numbers (multiple choices, boxes in ms-swift's `objects`) need none."""
     try:
         list(islice(_rows(source, file, told), _TRIED))
-    except DataError as error:
-        if "grid" not in str(error):
-            raise
+    except GridError:
         return True
     return False
 
@@ -264,7 +262,7 @@ def _ask_grid(source: str, file: Path, told: Mapping[str, Any]) -> str:
     lines = [f"     {grid:<15} {words}; {fits[grid][0]} of {fits[grid][1]} rows fit" for grid, words in GRID_WORDS.items()]
     question = "\n".join(["3/4  How are the boxes in it written? The file does not say:", *lines])
     if not sys.stdin.isatty():
-        raise DataError(f"{file}: the file does not say how its boxes are written; say --grid\n" + "\n".join(lines))
+        raise GridError(f"{file}: the file does not say how its boxes are written; say --grid\n" + "\n".join(lines))
 
     def check(answer: str) -> str:
         if answer not in GRIDS:
@@ -500,7 +498,8 @@ def _teacher(options: argparse.Namespace) -> tuple[str, str]:
         if url and not url.startswith(("http://", "https://")):
             raise ConfigError(f"{url!r} is no address; write http://localhost:8000/v1, or nothing for later")
         if url and not name:
-            raise ConfigError("the server has to be told which model: write its address, a blank, and the model's name")
+            how = "add --teacher-model NAME" if options.teacher else "write its address, a blank, and the model's name"
+            raise ConfigError(f"the server has to be told which model: {how}")
         return url, name
 
     if options.teacher is None and not sys.stdin.isatty():
@@ -512,7 +511,7 @@ def _teacher(options: argparse.Namespace) -> tuple[str, str]:
 # ---------------------------------------------------------------- the recipe
 
 
-_NO_TEACHER = ("https://teacher.example/v1", "the-teacher")
+_NO_TEACHER = (PLACEHOLDER, "the-teacher")
 
 
 def _recipe_text(
@@ -648,10 +647,11 @@ def _report(
             "no image of validation or test is in another split, under whatever name;",
             "train and rl may share images, and share no question",
         ]
+    if "data" not in files and files["train"].path == files["rl"].path:
+        lines.append("train and rl are one file: RL would learn from the questions that the cold start has been shown answers to")
     if "test" not in shares:
-        lines.append(
-            "nothing is held out to measure with: the questions share their images, or are few. Give --test a file of its own"
-        )
+        why = ": the questions share their images, or are few" if "data" in files else ""
+        lines.append(f"nothing is held out to measure with{why}. Give --test a file of its own")
     lines += [
         "",
         "memory of one device, estimated for the longest of the first prompts "
