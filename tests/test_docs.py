@@ -99,6 +99,14 @@ def test_the_page_of_an_error_is_named_as_a_file_one_can_open(monkeypatch: pytes
     assert where_explained(UsageError("?")) == str(DOCS / "cli.md")
 
 
+@pytest.mark.parametrize("verb", sorted({*TOOLS, *OWN}))
+def test_wrong_words_for_a_tool_lead_to_its_own_heading(verb: str) -> None:
+    page, _, heading = where_explained(UsageError("?"), [verb]).rpartition("cli.md")[2].partition("#")
+    assert (page, heading) == ("", f"polyground-{verb}")
+    assert heading in headings(DOCS / "cli.md")
+    assert where_explained(UsageError("?"), ["grpo"]).endswith("cli.md")
+
+
 @pytest.mark.parametrize(
     "page", [page for page in PAGES if page.name not in ("reference.md", "cli.md")], ids=lambda page: page.name
 )

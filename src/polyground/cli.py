@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _dispatch(arguments)
     except PolygroundError as error:
-        print(f"polyground: {visible(str(error), keep=_LINES)}\n  more: {where_explained(error)}", file=sys.stderr)
+        print(f"polyground: {visible(str(error), keep=_LINES)}\n  more: {where_explained(error, arguments[:1])}", file=sys.stderr)
         return REFUSED
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
@@ -116,9 +116,14 @@ def _dispatch(arguments: Sequence[str]) -> int:
     return _stage(verb, rest)
 
 
-def where_explained(error: PolygroundError) -> str:
-    """The page that says more about an error: a file, where the project's docs lie beside the code."""
+def where_explained(error: PolygroundError, verb: Sequence[str] = ()) -> str:
+    """The page that says more about an error: a file, where the project's docs lie beside the code.
+
+    What is wrong with the words given to a tool is told under that tool's own heading; `verb` is the first word, if any.
+    """
     page, _, heading = error.page.partition("#")
+    if isinstance(error, UsageError) and {*TOOLS, *OWN} & set(verb):
+        heading = f"polyground-{verb[0]}"
     file = Path(__file__).parents[2] / "docs" / page
     shown = file
     if not file.is_file():

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from polyground.errors import ConfigError
+from polyground.errors import ConfigError, UsageError
 
 HOST = "127.0.0.1"
 PORTS = range(7860, 7960)
@@ -94,7 +94,7 @@ def free_port(wanted: int | None) -> int:
                 continue
             return port
     named = f"port {wanted} is" if wanted is not None else f"ports {PORTS.start} to {PORTS.stop - 1} are"
-    raise ConfigError(f"--port: {named} taken or not allowed on {HOST}; name another with --port")
+    raise UsageError(f"--port: {named} taken or not allowed on {HOST}; name another with --port")
 
 
 def launch(page: Any, *, port: int) -> str:

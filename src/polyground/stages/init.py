@@ -430,7 +430,7 @@ class _Measured:
 def _measure(model: _Model, examples: Sequence[Example], *, memory: float | None) -> _Measured:
     """The largest budget that fits into the memory, or the usual one where no memory is said."""
     if memory is not None and memory <= 0:
-        raise ConfigError(f"--memory {memory:g}: give the GiB of one GPU, such as 24")
+        raise UsageError(f"--memory {memory:g}: give the GiB of one GPU, such as 24")
     if model.tiny:
         return _with_budget(model, examples, None)
     budgets = BUDGETS if memory is not None else (USUAL_BUDGET,)
@@ -496,10 +496,10 @@ def _teacher(options: argparse.Namespace) -> tuple[str, str]:
         url, _, name = answer.partition(" ")
         name = name.strip() or options.teacher_model or ""
         if url and not url.startswith(("http://", "https://")):
-            raise ConfigError(f"{url!r} is no address; write http://localhost:8000/v1, or nothing for later")
+            raise UsageError(f"{url!r} is no address; write http://localhost:8000/v1, or nothing for later")
         if url and not name:
             how = "add --teacher-model NAME" if options.teacher else "write its address, a blank, and the model's name"
-            raise ConfigError(f"the server has to be told which model: {how}")
+            raise UsageError(f"the server has to be told which model: {how}")
         return url, name
 
     if options.teacher is None and not sys.stdin.isatty():
