@@ -26,7 +26,7 @@ from polyground.imagefile import problem_of
 from polyground.prompts import student_messages
 from polyground.records import Example
 from polyground.sources import read_source
-from polyground.stages import ROLES, best_device
+from polyground.stages import ROLES
 from polyground.stages.report.pictures import LABELS
 from polyground.worlds.build import build_world
 
@@ -201,7 +201,7 @@ class Panel:
         return Reply(text=completion.text, answer=answer, told=told, tokens=len(completion.token_ids), seconds=seconds)
 
     def _load(self, entrant: Entrant) -> Any:
-        from polyground.models import load_model
+        from polyground.models import best_device, load_model
 
         if entrant.name not in self._loaded:
             self._loaded[entrant.name] = load_model(

@@ -9,7 +9,6 @@ import hashlib
 import inspect
 import json
 import logging
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -167,7 +166,7 @@ def model_version(recipe: Recipe, role: str) -> str:
 
 
 def _loaded_student(recipe: Recipe, role: str) -> Student:
-    from polyground.models import load_model
+    from polyground.models import best_device, load_model
     from polyground.prompts import student_messages
     from polyground.rewards import Scorer
     from polyground.sampling.local import LocalSampler
@@ -182,16 +181,6 @@ def _loaded_student(recipe: Recipe, role: str) -> Student:
 
     scorer = Scorer(recipe.rewards, native=loaded.family.native, reasoning=recipe.prompts.reasoning)
     return Student(sampler=LocalSampler(loaded), ask=ask, scorer=scorer)
-
-
-def best_device() -> str:
-    """An accelerator where there is one; under a launcher, the one of this process."""
-    import torch
-
-    if not torch.cuda.is_available():
-        return "cpu"
-    own = os.environ.get("LOCAL_RANK", "")
-    return f"cuda:{int(own) % torch.cuda.device_count()}" if own.isdigit() else "cuda"
 
 
 def upstream(recipe: Recipe, *folders: str) -> dict[str, str]:
