@@ -549,6 +549,7 @@ class GrpoConfig(TrainingConfig):
     """Lower bound of that weight; null for none."""
 
     def deciding(self, *, processes: int = 1) -> dict[str, Any]:
+        """The keys that decide what is learnt: those of a served policy do not, where sampling is local."""
         decides = _without_local(super().deciding(processes=processes), "rollout")
         if self.rollout == "local":
             return {name: value for name, value in decides.items() if name != "max_staleness" and not name.startswith("vllm_")}

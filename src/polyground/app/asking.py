@@ -45,6 +45,8 @@ class Entrant:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Settings:
+    """How every model is asked."""
+
     instruction: str = ""
     """Appended to the question, as in the recipe the models were trained with."""
     max_tokens: int = 256
@@ -65,6 +67,7 @@ class Reply:
 
     @property
     def boxes(self) -> Sequence[Located]:
+        """Empty where the reply holds no readable answer."""
         return self.answer.boxes if isinstance(self.answer, Answer) else ()
 
     @property
@@ -152,6 +155,7 @@ class Panel:
 
     @property
     def names(self) -> list[str]:
+        """Of the models, in the order they are shown."""
         return [entrant.name for entrant in self.entrants]
 
     def ask(self, entrant: Entrant, example: Example, settings: Settings) -> Iterator[str | Reply]:

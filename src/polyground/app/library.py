@@ -42,9 +42,11 @@ class Library:
 
     @property
     def names(self) -> list[str]:
+        """Of the shelves, in the order they were offered."""
         return list(self._builders)
 
     def offer(self, name: str, build: Callable[[], Shelf]) -> None:
+        """Put a shelf under this name; it is built when somebody opens it."""
         self._builders[name] = build
 
     def shelf(self, name: str) -> Shelf:

@@ -523,8 +523,48 @@ def _recipe_text(
     teacher: tuple[str, str],
     measured: _Measured,
 ) -> str:
-    name = recipe.stem
-    url, teacher_model = teacher if teacher[0] else _NO_TEACHER
+    """The file, with a comment wherever a choice was made."""
+    grpo = _settings(model, "grpo")
+    tokens = f"{measured.tokens:,} tokens"
+    parts = [
+        _head(recipe, model),
+        [
+            f"name: {_yaml(recipe.stem)}",
+            f"out: {_yaml(options.out or f'runs/{recipe.stem}')}",
+            f"seed: {options.seed}",
+        ],
+        [
+            "model:",
+            f"  path: {_yaml(model.path)}",
+            f"  dtype: {'float32' if model.tiny else _DTYPE}",
+            *([f"  max_pixels_total: {measured.budget} # shared by the images of a prompt"] if measured.budget else []),
+        ],
+        ["world: {train: 0, rl: 0, validation: 0, test: 0, ood: 0, perception: 0} # nothing is simulated"],
+        _data(splits, shares),
+        ["prompts:", f"  instruction: {_yaml(_instruction(model))}"],
+        [
+            "rewards: # one scorer for the teacher's answers, rejection, RL and evaluation; docs/rewards.md",
+            "  - {name: iou, weight: 0.8} # overlap with the annotation, on the right image",
+            "  - {name: image, weight: 0.1} # the right image",
+            "  - {name: format, weight: 0.1} # one think block, one answer block",
+        ],
+        _synthesis(options, teacher),
+        [
+            f"sft: # about {readable(measured.sft)} on one device for the longest of the first prompts ({tokens})",
+            *_section(_settings(model, "sft")),
+        ],
+        [
+            "reject: # keeps the questions that the SFT model sometimes gets right",
+            *_section({"num_generations": 8, "max_completion_length": grpo["max_completion_length"]}),
+        ],
+        [f"grpo: # about {readable(measured.grpo)}", *_section(grpo)],
+        ["evaluate:", *_section({"max_completion_length": 128 if model.tiny else 512})],
+    ]
+    return "\n".join("\n".join([*part, ""]) for part in parts)
+
+
+def _head(recipe: Path, model: _Model) -> list[str]:
+    """What the file is, and the commands that go with it."""
     shown = shlex.quote(str(recipe))
     steps = {
         f"polyground doctor {shown}": "what this machine lacks for it",
@@ -533,66 +573,34 @@ def _recipe_text(
         f"polyground run {shown} --dry-run": "what would be done",
         f"polyground run {shown}": "",
     }
-    data = [
-        line
-        for split, file in splits.items()
-        for line in (
-            f"  {split}: # {shares[split]:,} questions",
-            f"    - {_yaml({'source': file.source, 'path': str(file.path), 'options': dict(file.options)})}",
-        )
-    ]
-    later = "" if teacher[0] else " # CHANGE: no teacher was named; address and model are placeholders"
-    lines = [
-        f"# {name}: {model.about}.",
+    return [
+        f"# {recipe.stem}: {model.about}.",
         "# Written by `polyground init`; a key that is left out has its default, and docs/reference.md lists all of them.",
         *(f"#   {command:<{max(map(len, steps))}}   {what}".rstrip() for command, what in steps.items()),
-        "",
-        f"name: {_yaml(name)}",
-        f"out: {_yaml(options.out or f'runs/{name}')}",
-        f"seed: {options.seed}",
-        "",
-        "model:",
-        f"  path: {_yaml(model.path)}",
-        f"  dtype: {'float32' if model.tiny else _DTYPE}",
-        *([f"  max_pixels_total: {measured.budget} # shared by the images of a prompt"] if measured.budget else []),
-        "",
-        "world: {train: 0, rl: 0, validation: 0, test: 0, ood: 0, perception: 0} # nothing is simulated",
-        "",
-        "data: # benchmarks of your own or public ones go under `ood` and `perception`; docs/data.md",
-        *data,
-        "",
-        "prompts:",
-        f"  instruction: {_yaml(_instruction(model))}",
-        "",
-        "rewards: # one scorer for the teacher's answers, rejection, RL and evaluation; docs/rewards.md",
-        "  - {name: iou, weight: 0.8} # overlap with the annotation, on the right image",
-        "  - {name: image, weight: 0.1} # the right image",
-        "  - {name: format, weight: 0.1} # one think block, one answer block",
-        "",
+    ]
+
+
+def _data(splits: Mapping[str, DataSource], shares: Mapping[str, int]) -> list[str]:
+    lines = ["data: # benchmarks of your own or public ones go under `ood` and `perception`; docs/data.md"]
+    for split, file in splits.items():
+        entry = {"source": file.source, "path": str(file.path), "options": dict(file.options)}
+        lines += [f"  {split}: # {shares[split]:,} questions", f"    - {_yaml(entry)}"]
+    return lines
+
+
+def _synthesis(options: argparse.Namespace, teacher: tuple[str, str]) -> list[str]:
+    url, name = teacher if teacher[0] else _NO_TEACHER
+    later = "" if teacher[0] else " # CHANGE: no teacher was named; address and model are placeholders"
+    return [
         "synthesize: # questions and images of `train` are sent to this server; docs/teacher.md",
         "  teacher: endpoint",
         f"  teacher_base_url: {_yaml(url)}{later}",
-        f"  teacher_model: {_yaml(teacher_model)}",
+        f"  teacher_model: {_yaml(name)}",
         f"  api_key_env: {_yaml(options.teacher_key)} # the *name* of the environment variable that holds the key",
         f"  teacher_grid: {_yaml(options.teacher_grid)} # how the teacher writes boxes; GPT, Claude: pixels; or its model folder",
         "  samples_per_example: 2 # attempts; the best one that the scorer confirms is kept",
         "  aid: failed # questions it fails unaided it explains, shown the annotation",
-        "",
-        f"sft: # about {readable(measured.sft)} on one device for the longest of the first prompts ({measured.tokens:,} tokens)",
-        *_section(_settings(model, "sft")),
-        "",
-        "reject: # keeps the questions that the SFT model sometimes gets right",
-        "  num_generations: 8",
-        f"  max_completion_length: {_settings(model, 'grpo')['max_completion_length']}",
-        "",
-        f"grpo: # about {readable(measured.grpo)}",
-        *_section(_settings(model, "grpo")),
-        "",
-        "evaluate:",
-        f"  max_completion_length: {128 if model.tiny else 512}",
-        "",
     ]
-    return "\n".join(lines)
 
 
 def _section(settings: Mapping[str, Any]) -> list[str]:
