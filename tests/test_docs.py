@@ -71,6 +71,13 @@ def test_a_generated_page_is_what_the_program_says(name: str) -> None:
     assert (DOCS / name).read_text(encoding="utf-8") == generated(name), "run `make docs`"
 
 
+def test_nobody_is_told_to_install_what_no_registry_has() -> None:
+    """The project is installed from its folder: `extras.install_command` knows where that is."""
+    places = [*PAGES, ROOT / "README.md", *(ROOT / "src").rglob("*.py")]
+    told = [path.name for path in places if "pip install 'polyground[" in path.read_text(encoding="utf-8")]
+    assert told == []
+
+
 def errors(base: type[PolygroundError] = PolygroundError) -> Iterator[type[PolygroundError]]:
     import polyground.stages.doctor  # noqa: F401 - has one of its own
 

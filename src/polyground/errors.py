@@ -67,6 +67,12 @@ class BudgetError(EndpointError):
     page = "endpoints.md#what-it-costs"
 
 
+class MissingLibraryError(ConfigError):
+    """What is asked for needs a library that is not installed: what installs it is in the message."""
+
+    page = "how-to.md#install"
+
+
 class UsageError(ConfigError):
     """The command line itself is wrong: no such verb, no recipe, a key that is none."""
 

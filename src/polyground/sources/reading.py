@@ -20,6 +20,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any, Literal
 
 from polyground.errors import DataError, visible
+from polyground.extras import install_command
 from polyground.geometry import Box
 from polyground.imagefile import ImageError, problem_of
 from polyground.records import Example
@@ -300,7 +301,7 @@ def _parquet_rows(path: Path) -> Iterator[Any]:
         import pyarrow
         import pyarrow.parquet as parquet
     except ImportError as error:
-        raise DataError(f"{path}: reading parquet needs pyarrow; pip install 'polyground[train]'") from error
+        raise DataError(f"{path}: reading parquet needs pyarrow; {install_command('train')}") from error
     try:
         with parquet.ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=64):
