@@ -22,6 +22,7 @@ NOTEBOOK = "notebooks/first-boxes.ipynb"
 
 _LINK = re.compile(r"(?<!!)\[([^\]]*)\]\((?!https?:|mailto:|#)([^)\s]+)\)")
 _FENCED = re.compile(r"(^```.*?^```\s*?$)", re.MULTILINE | re.DOTALL)
+_CODE = re.compile(r"`[^`\n]+`")
 _LOADED = {"script": "src", "img": "src", "iframe": "src", "source": "src", "audio": "src", "video": "src"}
 _FETCHED = ("stylesheet", "preload", "prefetch", "preconnect", "dns-prefetch", "icon", "modulepreload")
 
@@ -86,7 +87,15 @@ def on_page_markdown(markdown: str, *, page: Any, config: Any, files: Files) -> 
         return f"{text} (`{name}`)" if text.strip("`") not in (name, target) else f"`{name}`"
 
     parts = _FENCED.split(markdown)
-    return "".join(part if part.startswith("```") else _LINK.sub(named, part) for part in parts)
+    return "".join(part if part.startswith("```") else bare_pipes(_LINK.sub(named, part)) for part in parts)
+
+
+def bare_pipes(markdown: str) -> str:
+    """`\\|` in the code of a table as `|`: GitHub wants it escaped there, and Python-Markdown would show the backslash."""
+    return "".join(
+        _CODE.sub(lambda code: code[0].replace("\\|", "|"), line) if line.startswith("|") else line
+        for line in markdown.splitlines(keepends=True)
+    )
 
 
 class _Loads(HTMLParser):

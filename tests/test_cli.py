@@ -30,6 +30,11 @@ def test_help_names_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
         pytest.param(["grpo", "nowhere.yaml"], "nowhere.yaml", id="no-such-recipe"),
         pytest.param(["grpo", str(SMOKE), "--learning_rat", "1e-4"], "learning_rate", id="misspelt-key"),
         pytest.param(["grpo", str(SMOKE), "--learning_rate"], "no value", id="no-value"),
+        pytest.param(["grpo", str(SMOKE.with_name("smok.yml"))], "did you mean", id="misspelt-recipe"),
+        pytest.param(["init", "--grid", "per_mile"], "did you mean 'per_mille'?); see `polyground init --help`", id="no-choice"),
+        pytest.param(["doctor", "--lihgt"], "did you mean '--light'?", id="misspelt-flag"),
+        pytest.param(["export", "runs/x", "--to"], "expected one argument", id="flag-without-a-value"),
+        pytest.param(["completion", "fsh"], "did you mean 'fish'?", id="misspelt-shell"),
         pytest.param(["ground", "--model", "nowhere", "nowhere.png", "-q", "where?"], "nowhere.png", id="no-such-image"),
     ],
 )

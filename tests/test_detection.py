@@ -121,7 +121,7 @@ def test_a_description_without_a_second_group_is_left_alone() -> None:
 
 def test_without_pycocotools_the_error_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pycocotools.coco", None)
-    with pytest.raises(ConfigError, match=r"pip install 'polyground\[eval\]'"):
+    with pytest.raises(ConfigError, match=r"pip install .*\[eval\]'"):
         average_precision([Panel(question=0, truths=(truth(LEFT),))])
 
 

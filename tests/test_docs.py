@@ -71,6 +71,13 @@ def test_a_generated_page_is_what_the_program_says(name: str) -> None:
     assert (DOCS / name).read_text(encoding="utf-8") == generated(name), "run `make docs`"
 
 
+def test_nobody_is_told_to_install_what_no_registry_has() -> None:
+    """The project is installed from its folder: `extras.install_command` knows where that is."""
+    places = [*PAGES, ROOT / "README.md", *(ROOT / "src").rglob("*.py")]
+    told = [path.name for path in places if "pip install 'polyground[" in path.read_text(encoding="utf-8")]
+    assert told == []
+
+
 def errors(base: type[PolygroundError] = PolygroundError) -> Iterator[type[PolygroundError]]:
     import polyground.stages.doctor  # noqa: F401 - has one of its own
 
@@ -97,6 +104,14 @@ def test_the_page_of_an_error_is_named_as_a_file_one_can_open(monkeypatch: pytes
     assert where_explained(UsageError("?")) == "docs/cli.md"
     monkeypatch.chdir(tmp_path)
     assert where_explained(UsageError("?")) == str(DOCS / "cli.md")
+
+
+@pytest.mark.parametrize("verb", sorted({*TOOLS, *OWN}))
+def test_wrong_words_for_a_tool_lead_to_its_own_heading(verb: str) -> None:
+    page, _, heading = where_explained(UsageError("?"), [verb]).rpartition("cli.md")[2].partition("#")
+    assert (page, heading) == ("", f"polyground-{verb}")
+    assert heading in headings(DOCS / "cli.md")
+    assert where_explained(UsageError("?"), ["grpo"]).endswith("cli.md")
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,16 @@
 """Tasks of lmms-eval: their functions give a benchmark's own headline, without lmms-eval being there.
 
-On the small annotation of `polyground score`, whose responses were counted by hand.
+MIG-Bench on the small annotation of `polyground score`, whose responses were counted by hand; MC-Bench on three pairs of images.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -19,7 +21,9 @@ import yaml
 from PIL import Image
 
 from polyground.cli import main
-from polyground.storage import read_rows
+from polyground.errors import ConfigError
+from polyground.storage import read_json, read_rows
+from sources.source_fixtures import mc_bench, mc_bench_coco
 
 SMALL = Path(__file__).parent / "stages" / "mig_bench_small"
 MEANT = (5 / 11 + 4 / 6 + 3 / 4) / 3
@@ -154,3 +158,140 @@ def test_a_task_is_not_written_over_another_unasked(export: Export) -> None:
     assert export("--grid", "per_mille")[0] == 0
     assert "add --force" in export("--grid", "per_mille")[2]
     assert export("--grid", "per_mille", "--force")[0] == 0
+
+
+# ---------------------------------------------------------------- MC-Bench: boxes over a pair, or none
+
+
+def boxed(*boxes: tuple[int, list[int]]) -> str:
+    return f"<answer>{json.dumps([{'image': image, 'bbox_2d': box} for image, box in boxes])}</answer>"
+
+
+BALL, OTHER, MAN = (1, [100, 100, 600, 600]), (2, [100, 100, 600, 600]), (2, [0, 0, 1000, 1000])
+"""The instances of the three descriptions: one in each image, one in the second, none."""
+RIGHT = [boxed(BALL), boxed(MAN), boxed()]
+"""Groups cannot be said: of the two balls, which are two groups, the first alone is as good as both."""
+
+
+@pytest.fixture
+def pairs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., ModuleType]:
+    """The task of an MC-Bench file, opened."""
+
+    def export(write: Callable[[Path], tuple[Path, dict[str, Any]]] = mc_bench, *words: str) -> ModuleType:
+        pytest.importorskip("pycocotools")
+        path, _ = write(tmp_path / "data")
+        given = ["--to", "lmms-eval", "--benchmark", "mc_bench", "--grid", "per_mille", "--out", str(tmp_path / "task")]
+        assert main(["export", str(path), *given, *words]) == 0
+        assert "3 questions of MC-Bench" in capsys.readouterr().out
+        return utils_of(tmp_path / "task")
+
+    return export
+
+
+def asked(utils: ModuleType, folder: Path, replies: list[str]) -> dict[str, Any]:
+    """Every metric of the task, as lmms-eval asks for it."""
+    docs = list(read_rows(folder / "rows.jsonl"))
+    scored = [utils.process_results(doc, [reply]) for doc, reply in zip(docs, replies, strict=False)]
+    return {name: getattr(utils, name)([row[name] for row in scored]) for name in scored[0]}
+
+
+@pytest.mark.parametrize("write", [mc_bench, mc_bench_coco])
+def test_a_task_of_mc_bench_gives_weighted_ap50_and_image_level_accuracy(
+    pairs: Callable[..., ModuleType], tmp_path: Path, write: Any
+) -> None:
+    utils = pairs(write)
+    # Three instances: the ball of group 1 and the man are found, the ball of group 2 is not.
+    told = asked(utils, tmp_path / "task", RIGHT)
+    assert told["headline"] == pytest.approx(2 / 3)
+    # Boxes stand in exactly the images that hold one in two of three pairs.
+    assert told["image_level"] == pytest.approx(2 / 3)
+    assert (told["abstained_where_nothing_is"], told["unreadable"]) == (1, 0)
+    # One of the two balls, the man, and the empty answer to nothing.
+    assert told["mean_iou"] == pytest.approx((1 / 2 + 1 + 1) / 3)
+
+
+@pytest.mark.parametrize(
+    ("replies", "headline", "image_level", "abstained"),
+    [
+        pytest.param([boxed(BALL, OTHER), *RIGHT[1:]], None, 1, 1, id="both-balls"),
+        pytest.param([boxed(), boxed(), boxed()], 0, 1 / 3, 1, id="always-nothing"),
+        pytest.param(["nowhere", "nowhere", "nowhere"], 0, 0, 0, id="unreadable"),
+        pytest.param([*RIGHT[:2], boxed(BALL)], None, 1 / 3, 0, id="something-where-nothing-is"),
+    ],
+)
+def test_saying_that_nothing_is_there_is_scored(
+    pairs: Callable[..., ModuleType],
+    tmp_path: Path,
+    replies: list[str],
+    headline: float | None,
+    image_level: float,
+    abstained: float,
+) -> None:
+    told = asked(pairs(), tmp_path / "task", replies)
+    assert told["image_level"] == pytest.approx(image_level)
+    assert told["abstained_where_nothing_is"] == pytest.approx(abstained)
+    assert headline is None or told["headline"] == pytest.approx(headline)
+
+
+def test_a_task_of_mc_bench_gives_what_score_gives(
+    pairs: Callable[..., ModuleType], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    replies = [boxed(OTHER, BALL), boxed(BALL, MAN), "none"]
+    told = asked(pairs(), tmp_path / "task", replies)
+    said = [{"index": number, "response": reply} for number, reply in enumerate(replies)]
+    (tmp_path / "said.jsonl").write_text("".join(json.dumps(row) + "\n" for row in said), encoding="utf-8")
+    words = ["--annotation", "data/mc-bench_v0.2_val.json", "--predictions", "said.jsonl", "--json", "scores.json"]
+    words = [str(tmp_path / word) if "." in word else word for word in words]
+    assert main(["score", "mc_bench", *words, "--grid", "per_mille"]) == 0
+    scores = read_json(tmp_path / "scores.json")
+    assert told["headline"] == pytest.approx(scores["headline"]["value"])
+    assert told["image_level"] == pytest.approx(scores["micro"]["measures"]["image_level"]["value"])
+
+
+def test_the_order_in_which_processes_hand_in_their_replies_changes_nothing(
+    pairs: Callable[..., ModuleType], tmp_path: Path
+) -> None:
+    utils, replies = pairs(), [boxed(OTHER), boxed(BALL, MAN), boxed(BALL)]
+    docs = list(read_rows(tmp_path / "task" / "rows.jsonl"))
+    items = [utils.process_results(doc, [reply])["headline"] for doc, reply in zip(docs, replies, strict=True)]
+    assert utils.headline(items[::-1]) == utils.headline(items)
+
+
+def test_a_part_without_an_instance_has_no_precision_and_its_other_metrics(
+    pairs: Callable[..., ModuleType], tmp_path: Path
+) -> None:
+    utils = pairs()
+    nothing = list(read_rows(tmp_path / "task" / "rows.jsonl"))[2]
+    item = utils.process_results(nothing, [boxed()])["headline"]
+    assert math.isnan(utils.headline([item]))
+    assert utils.image_level([item]) == utils.abstained_where_nothing_is([item]) == 1
+
+
+def test_what_average_precision_needs_is_asked_for_when_the_task_is_opened(
+    pairs: Callable[..., ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pairs()
+    monkeypatch.setitem(sys.modules, "pycocotools.coco", None)
+    with pytest.raises(ConfigError, match="pycocotools"):
+        utils_of(tmp_path / "task")
+
+
+def test_every_function_of_mc_bench_is_in_utils(pairs: Callable[..., ModuleType], tmp_path: Path) -> None:
+    utils = pairs()
+    text = (tmp_path / "task" / "polyground_mc_bench.yaml").read_text(encoding="utf-8")
+    named = re.findall(r"!function '?utils\.(\w+)", text)
+    assert named[4:] == [
+        "headline", "image_level", "abstained_where_nothing_is", "mean_iou", "one_to_one", "image_accuracy", "unreadable",
+    ]  # fmt: skip
+    assert all(callable(getattr(utils, name)) for name in named)
+
+
+def test_a_chat_model_is_shown_both_images_of_a_pair_and_told_how_to_say_nothing(
+    pairs: Callable[..., ModuleType], tmp_path: Path
+) -> None:
+    utils = pairs()
+    doc = next(iter(read_rows(tmp_path / "task" / "rows.jsonl")))
+    [message] = utils.doc_to_messages(doc)
+    assert [part["url"].size for part in message["content"] if part["type"] == "image"] == [(200, 100), (100, 200)]
+    assert "Golf balls with the same color" in utils.doc_to_text(doc)
+    assert "an empty list when" in utils.doc_to_text(doc)

@@ -88,6 +88,14 @@ def test_what_is_not_there_is_said(tmp_path: Path, path: str, role: str | None, 
         resolve(tmp_path / "run" if path == "run" else path, role)
 
 
+def test_what_is_no_folder_is_told_before_anything_is_imported(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("name: mine\n", encoding="utf-8")
+    with pytest.raises(ModelError, match=r"mine\.yaml: is a file; give the folder of a run"):
+        polyground.load(tmp_path / "mine.yaml")
+    with pytest.raises(ModelError, match="there is no such folder"):
+        polyground.load(tmp_path / "nowhere")
+
+
 # ---------------------------------------------------------------- what an answer says
 
 
@@ -196,6 +204,11 @@ def test_the_packaged_model_finds_an_object_in_a_file_and_in_memory(
 def test_a_question_without_an_image_is_an_error(grounder: Any) -> None:
     with pytest.raises(DataError, match="at least one image"):
         grounder.ground([], "Where?")
+
+
+def test_an_empty_question_is_an_error(grounder: Any, images: tuple[Path, ...]) -> None:
+    with pytest.raises(DataError, match="say what to find"):
+        grounder.ground(list(images), " ")
 
 
 def test_a_question_that_does_not_go_with_the_images_is_an_error(grounder: Any, images: tuple[Path, ...]) -> None:

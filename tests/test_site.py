@@ -56,6 +56,29 @@ def test_a_notebook_becomes_a_page_with_its_pictures(hooks: Any) -> None:
     assert "<…>" not in text
 
 
+def test_examples_in_docstrings_are_shown_as_code() -> None:
+    pytest.importorskip("griffe", reason="griffe is in the extra docs")
+    spec = importlib.util.spec_from_file_location("site_doctests", ROOT / "scripts" / "site_doctests.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    text = "Two facts.\n\n>>> 1 + 1\n2\n>>> 2\n2\n\nThe end."
+    assert module.fenced(text) == "Two facts.\n\n\n```python\n>>> 1 + 1\n2\n>>> 2\n2\n```\n\n\nThe end."
+
+
+@pytest.mark.parametrize(
+    ("markdown", "shown"),
+    [
+        pytest.param(r"| `<\|box\|>` | b |", "| `<|box|>` | b |", id="code-in-a-table"),
+        pytest.param(r"| a \| b | c |", r"| a \| b | c |", id="words-in-a-table"),
+        pytest.param(r"`\|` alone", r"`\|` alone", id="no-table"),
+    ],
+)
+def test_a_pipe_in_the_code_of_a_table_is_shown_without_its_backslash(hooks: Any, markdown: str, shown: str) -> None:
+    assert hooks.bare_pipes(markdown) == shown
+
+
 @pytest.mark.slow
 def test_the_site_builds_strictly(hooks: Any, tmp_path: Path) -> None:
     pytest.importorskip("material")

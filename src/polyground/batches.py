@@ -60,6 +60,7 @@ class PackedGroup:
         return (seen_SS & (order_S[None, :] <= order_S[:, None]))[None, None].to(self.input_ids_1S.device)
 
     def to(self, device: torch.device) -> PackedGroup:
+        """The same group on this device; the layout is plain numbers and stays."""
         return PackedGroup(
             input_ids_1S=self.input_ids_1S.to(device),
             positions_31S=self.positions_31S.to(device),

@@ -61,6 +61,7 @@ class Benchmark:
 
     @property
     def in_letters(self) -> bool:
+        """Whether answers are letters of a multiple choice, which have no boxes."""
         return self.rule == "exact_letter"
 
     def measure(self) -> str:
@@ -217,6 +218,7 @@ class Annotation:
 
     @property
     def rows(self) -> int:
+        """Rows of the file, bad ones included; entries that are no rows are not among them."""
         return len(self.keys)
 
     @property

@@ -39,19 +39,23 @@ class Frame:
     y_range: tuple[float, float]
 
     def x(self, value: float) -> float:
+        """Pixels from the left edge of the drawing."""
         low, high = self.x_range
         return self.left + (value - low) / ((high - low) or 1.0) * self.width
 
     def y(self, value: float) -> float:
+        """Pixels from the top edge of the drawing: larger values lie higher."""
         low, high = self.y_range
         return self.top + self.height - (value - low) / ((high - low) or 1.0) * self.height
 
     @property
     def bottom(self) -> float:
+        """Pixels from the top, where the horizontal axis lies."""
         return self.top + self.height
 
     @property
     def right(self) -> float:
+        """Pixels from the left, where the plot ends."""
         return self.left + self.width
 
 

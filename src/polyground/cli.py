@@ -16,7 +16,7 @@ import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from polyground.errors import ConfigError, PolygroundError, UsageError, visible
 from polyground.extras import extra_of, install_command
@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _dispatch(arguments)
     except PolygroundError as error:
-        print(f"polyground: {visible(str(error), keep=_LINES)}\n  more: {where_explained(error)}", file=sys.stderr)
+        print(f"polyground: {visible(str(error), keep=_LINES)}\n  more: {where_explained(error, arguments[:1])}", file=sys.stderr)
         return REFUSED
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
@@ -116,9 +116,14 @@ def _dispatch(arguments: Sequence[str]) -> int:
     return _stage(verb, rest)
 
 
-def where_explained(error: PolygroundError) -> str:
-    """The page that says more about an error: a file, where the project's docs lie beside the code."""
+def where_explained(error: PolygroundError, verb: Sequence[str] = ()) -> str:
+    """The page that says more about an error: a file, where the project's docs lie beside the code.
+
+    What is wrong with the words given to a tool is told under that tool's own heading; `verb` is the first word, if any.
+    """
     page, _, heading = error.page.partition("#")
+    if isinstance(error, UsageError) and {*TOOLS, *OWN} & set(verb):
+        heading = f"polyground-{verb[0]}"
     file = Path(__file__).parents[2] / "docs" / page
     shown = file
     if not file.is_file():
@@ -300,9 +305,23 @@ def _tool(verb: str, rest: Sequence[str]) -> int:
     return 0
 
 
+class _Parser(argparse.ArgumentParser):
+    """What is wrong in one line, as every other error is told; `--help` has the flags."""
+
+    def error(self, message: str) -> NoReturn:
+        wrong = re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message)
+        unknown = re.search(r"unrecognized arguments: (--[\w-]+)", message)
+        near = ""
+        if wrong is not None:
+            near = nearest(wrong[1], re.findall(r"[\w-]+", wrong[2]))
+        elif unknown is not None:
+            near = nearest(unknown[1], [name for action in self._actions for name in action.option_strings])
+        raise UsageError(f"{message}{near}; see `{self.prog} --help`")
+
+
 def _tool_parser(verb: str, rest: Sequence[str] = ()) -> tuple[argparse.ArgumentParser, Any]:
     """What a tool takes, and the module that runs it; that of `export` depends on the words given."""
-    parser = argparse.ArgumentParser(prog=f"polyground {verb}", description=TOOLS[verb], allow_abbrev=False)
+    parser = _Parser(prog=f"polyground {verb}", description=TOOLS[verb], allow_abbrev=False)
     if verb == "export":
         module = _export(parser, rest)
     else:
@@ -324,7 +343,7 @@ def _export(parser: argparse.ArgumentParser, rest: Sequence[str]) -> Any:
     from polyground.predictions import LAYOUTS
 
     further = {**LAYOUTS, **LAYOUT}
-    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder = _Parser(prog="polyground export", add_help=False, allow_abbrev=False)
     finder.add_argument("--to")
     to = finder.parse_known_args([word for word in rest if word != "--"])[0].to
     name = "convert" if to not in further else "export_tasks" if to in LAYOUT else "export"
@@ -339,7 +358,7 @@ def _export(parser: argparse.ArgumentParser, rest: Sequence[str]) -> Any:
 def _completion_parser() -> argparse.ArgumentParser:
     from polyground.completion import SHELLS
 
-    parser = argparse.ArgumentParser(prog="polyground completion", description=OWN["completion"], allow_abbrev=False)
+    parser = _Parser(prog="polyground completion", description=OWN["completion"], allow_abbrev=False)
     parser.add_argument("shell", choices=SHELLS, help="the shell it is for")
     return parser
 
@@ -415,7 +434,7 @@ def _flags(parser: argparse.ArgumentParser) -> list[Option]:
 
 
 def _ground_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="polyground ground", description=_GROUND, allow_abbrev=False)
+    parser = _Parser(prog="polyground ground", description=_GROUND, allow_abbrev=False)
     parser.add_argument("images", nargs="+", type=Path, help="image files, in the order the question counts them")
     parser.add_argument("-q", "--question", required=True)
     parser.add_argument("--model", required=True, help='a model folder, a run folder, or "tiny" for the embedded base')

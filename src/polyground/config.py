@@ -549,6 +549,7 @@ class GrpoConfig(TrainingConfig):
     """Lower bound of that weight; null for none."""
 
     def deciding(self, *, processes: int = 1) -> dict[str, Any]:
+        """The keys that decide what is learnt: those of a served policy do not, where sampling is local."""
         decides = _without_local(super().deciding(processes=processes), "rollout")
         if self.rollout == "local":
             return {name: value for name, value in decides.items() if name != "max_staleness" and not name.startswith("vllm_")}
@@ -767,7 +768,7 @@ def read_yaml(path: Path, what: str = "recipe") -> dict[str, Any]:
     try:
         tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506 - a SafeLoader
     except FileNotFoundError as error:
-        raise ConfigError(f"{path}: no such {what}; the ones that come with the project are in recipes/") from error
+        raise ConfigError(f"{path}: no such {what}{_near(path)}; the ones that come with the project are in recipes/") from error
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); name a YAML file you may read") from error
     except (ValueError, RecursionError, yaml.YAMLError) as error:
@@ -778,6 +779,13 @@ def read_yaml(path: Path, what: str = "recipe") -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: a {what} is a mapping of sections; this file holds a {type(tree).__name__}")
     return tree
+
+
+def _near(path: Path) -> str:
+    """A YAML file beside it of nearly this name, where there is one."""
+    names = [other.name for other in path.parent.glob("*.y*ml")]
+    found = difflib.get_close_matches(path.name, names, n=1)
+    return f" (did you mean {path.parent / found[0]}?)" if found else ""
 
 
 def _split_overrides(overrides: Sequence[str]) -> Iterator[tuple[str, str]]:

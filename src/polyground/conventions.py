@@ -76,6 +76,7 @@ class SmartResize:
     max_pixels: int
 
     def fit(self, width: int, height: int, *, max_pixels: int | None = None) -> Canvas:
+        """Both sides to multiples of `factor`, the area within bounds; raises ValueError for a side 200 times the other."""
         if max(width, height) > 200 * min(width, height):
             raise ValueError("one side is more than 200 times the other")
         least, most = self.bounds(max_pixels)
@@ -89,6 +90,7 @@ class SmartResize:
         return Canvas(columns * self.factor, rows * self.factor, tokens=columns * rows)
 
     def processor_options(self, max_pixels: int | None) -> dict[str, Any]:
+        """Qwen's image processor calls its bounds, which are areas in pixels, edges."""
         least, most = self.bounds(max_pixels)
         return {"size": {"shortest_edge": least, "longest_edge": most}}
 
@@ -113,6 +115,7 @@ class Tiles:
     tokens_per_tile: int
 
     def fit(self, width: int, height: int, *, max_pixels: int | None = None) -> Canvas:
+        """The grid of tiles nearest in shape, and a thumbnail's tokens where there are several tiles."""
         most = self.most_tiles(max_pixels)
         columns, rows = self._arrangement(width, height, most) if most > 1 else (1, 1)
         count = columns * rows
@@ -120,6 +123,7 @@ class Tiles:
         return Canvas(columns * self.tile, rows * self.tile, tokens, (columns, rows))
 
     def processor_options(self, max_pixels: int | None) -> dict[str, Any]:
+        """The budget as a number of tiles."""
         # Whatever the image processor's file says: transformers' InternVLProcessor always cuts.
         tiles = {"crop_to_patches": True, "min_patches": self.min_tiles, "max_patches": self.most_tiles(max_pixels)}
         return {"size": {"height": self.tile, "width": self.tile}, **tiles}
@@ -156,6 +160,7 @@ class Splits:
     """False when the folder says `do_image_splitting: false`: the whole image only."""
 
     def fit(self, width: int, height: int, *, max_pixels: int | None = None) -> Canvas:
+        """The longer side to whole tiles, and the whole image as one more; without splitting one tile."""
         if not self.split:
             return Canvas(self.tile, self.tile, self.tokens_per_tile)
         longest = self.longest_side(max_pixels)
@@ -174,6 +179,7 @@ class Splits:
         return Canvas(width, height, (columns * rows + 1) * self.tokens_per_tile, (columns, rows))
 
     def processor_options(self, max_pixels: int | None) -> dict[str, Any]:
+        """The budget as a length of the longer side, in pixels."""
         size = {"longest_edge": self.longest_side(max_pixels)}
         return {"size": size, "max_image_size": {"longest_edge": self.tile}, "do_image_splitting": self.split}
 

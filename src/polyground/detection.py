@@ -15,7 +15,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from polyground.errors import ConfigError
+from polyground.errors import MissingLibraryError
+from polyground.extras import install_command
 from polyground.geometry import Box, iou
 
 # Shapes: B bootstrap draws, U questions, D detections of one category, R recall levels.
@@ -102,7 +103,7 @@ def require_pycocotools() -> tuple[Any, Any]:
         from pycocotools.coco import COCO
         from pycocotools.cocoeval import COCOeval
     except ImportError as error:
-        raise ConfigError("average precision needs pycocotools; pip install 'polyground[eval]'") from error
+        raise MissingLibraryError(f"average precision needs pycocotools; {install_command('eval')}") from error
     return COCO, COCOeval
 
 

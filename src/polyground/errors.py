@@ -25,6 +25,24 @@ class DataError(PolygroundError):
     page = "data.md#bad-rows"
 
 
+class GridError(DataError):
+    """Numbers are given as a box and nothing says on which grid: the choices are in the message."""
+
+    page = "coordinates.md"
+
+
+class SplitError(DataError):
+    """The recipe has no questions of this name: those it has are in the message."""
+
+    page = "recipe.md"
+
+
+class NothingKeptError(DataError):
+    """A stage that chooses rows has chosen none: why, and what to change, are in the message."""
+
+    page = "tutorial.md#if-it-does-not-work"
+
+
 class ModelError(PolygroundError):
     """A model folder cannot be used: the path and the remedy are in the message."""
 
@@ -47,6 +65,12 @@ class BudgetError(EndpointError):
     """What the recipe allows to be spent on a server is spent; what was answered is kept."""
 
     page = "endpoints.md#what-it-costs"
+
+
+class MissingLibraryError(ConfigError):
+    """What is asked for needs a library that is not installed: what installs it is in the message."""
+
+    page = "how-to.md#install"
 
 
 class UsageError(ConfigError):

@@ -16,7 +16,8 @@ from typing import Any
 
 from polyground.answer import Answer, Located, write_answer, write_native
 from polyground.conventions import GRIDS, GridRule
-from polyground.errors import DataError
+from polyground.errors import DataError, MissingLibraryError
+from polyground.extras import install_command
 from polyground.geometry import Grid
 from polyground.imagefile import check_image, open_image
 from polyground.prompts import student_messages
@@ -201,7 +202,7 @@ def verl_schema() -> Any:
     try:
         import pyarrow as pa
     except ImportError as error:
-        raise DataError("writing parquet needs pyarrow; pip install 'polyground[train]'") from error
+        raise MissingLibraryError(f"writing parquet needs pyarrow; {install_command('train')}") from error
     text = pa.string()
     return pa.schema(
         {

@@ -32,13 +32,16 @@ class Box:
 
     @property
     def area(self) -> float:
+        """In (0, 1]: the share of the image."""
         return (self.x1 - self.x0) * (self.y1 - self.y0)
 
     @property
     def center(self) -> tuple[float, float]:
+        """(x, y) in fractions of the image."""
         return ((self.x0 + self.x1) / 2, (self.y0 + self.y1) / 2)
 
     def to_pixels(self, *, width: int, height: int) -> tuple[float, float, float, float]:
+        """(x0, y0, x1, y1) in pixels of an image of this size, not rounded."""
         return (self.x0 * width, self.y0 * height, self.x1 * width, self.y1 * height)
 
     @classmethod

@@ -178,6 +178,8 @@ class Grounder:
         given = [images] if isinstance(images, Path | str | Image.Image) else list(images)
         if not given:
             raise DataError("there is no image to ask about; give at least one image file")
+        if not question.strip():
+            raise DataError("the question is empty; say what to find")
         kept, paths = _as_files(given)
         check_images(paths)
         grids = self.loaded.family.grids(paths)
@@ -205,13 +207,16 @@ def open_grounder(
     device: str | None = None,
 ) -> Grounder:
     """As `polyground.load`, which explains the arguments."""
+    if not model_folder(path).is_dir():
+        what = "is a file" if Path(path).exists() else "there is no such folder"
+        raise ModelError(f"{path}: {what}; give the folder of a run (`out` of its recipe) or of a model, or `tiny`")
     folder, told = resolve(path, role)
     with warnings.catch_warnings():
         # In a notebook without ipywidgets, progress bars warn that they are plain.
         warnings.filterwarnings("ignore", message="IProgress not found")
         from transformers.utils import logging as bars
 
-        from polyground.models import load_model
+        from polyground.models import best_device, load_model
     shown = bars.is_progress_bar_enabled()
     bars.disable_progress_bar()
     try:
@@ -219,7 +224,7 @@ def open_grounder(
             folder,
             dtype=dtype,
             max_pixels_total=told.max_pixels_total if max_pixels_total is None else max_pixels_total,
-            device=device or _best_device(),
+            device=device or best_device(),
         )
     finally:
         if shown:
@@ -287,12 +292,6 @@ def _told(run: Path, config: Mapping[str, Any]) -> Told:
 def _budget(config: Mapping[str, Any]) -> int | None:
     budget = (config.get("model") or {}).get("max_pixels_total")
     return None if budget is None else int(budget)
-
-
-def _best_device() -> str:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _as_files(pictures: Sequence[Picture]) -> tuple[TemporaryDirectory[str] | None, list[Path]]:

@@ -10,6 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache
+from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import yaml
 
 from polyground.benchmarks import BENCHMARKS, Annotation, Benchmark, Table, judge, place_of, tabulate, unanswered
 from polyground.conventions import load_convention, named_grid
+from polyground.detection import require_pycocotools
 from polyground.geometry import Grid
 from polyground.imagefile import image_size
 from polyground.prompts import INSTRUCTIONS, PROMPT_VERSION, student_messages
@@ -36,6 +38,7 @@ from pathlib import Path
 from polyground import lmms_eval
 
 HERE = Path(__file__).parent
+lmms_eval.require(HERE)
 
 
 def doc_to_visual(doc):
@@ -64,11 +67,15 @@ _AGGREGATE = """def {name}(items):
 # ---------------------------------------------------------------- the files
 
 
+FURTHER = {"mc_bench": ["image_level", "abstained_where_nothing_is"], "ref_l4": ["mean_accuracy"]}
+"""What single benchmarks publish beside their headline, by the names of `benchmarks.tabulate`."""
+
+
 def measures(benchmark: Benchmark) -> list[str]:
     """The metrics of a task: the benchmark's headline first."""
     if benchmark.in_letters:
         return ["headline", "unreadable"]
-    return ["headline", "mean_iou", "one_to_one", "image_accuracy", "unreadable"]
+    return ["headline", *FURTHER.get(benchmark.name, []), "mean_iou", "one_to_one", "image_accuracy", "unreadable"]
 
 
 def task_yaml(benchmark: Benchmark, rows: Path, *, max_tokens: int, about: Mapping[str, Any]) -> str:
@@ -113,13 +120,14 @@ def rows_of(annotation: Annotation) -> list[dict[str, Any]]:
     return [
         {
             "key": example.key,
+            "number": number,
             "task": example.task,
             "question": example.question,
             "target": json.dumps(example.to_json()["target"]),
             "images": [str(image) for image in example.images],
             "example": json.dumps(example.to_json()),
         }
-        for example in annotation.examples
+        for number, example in enumerate(annotation.examples)
     ]
 
 
@@ -137,6 +145,12 @@ def settings_of(annotation: Annotation, *, answers: Mapping[str, Any], instructi
 
 
 # ---------------------------------------------------------------- what a task does
+
+
+def require(here: Path) -> None:
+    """Raises ConfigError, before a model is asked anything, where the task's headline needs a library that is not there."""
+    if BENCHMARKS[_settings(here)["benchmark"]].headline == "average_precision":
+        require_pycocotools()
 
 
 def pictures(doc: Mapping[str, Any]) -> list[Any]:
@@ -168,19 +182,29 @@ def scored(doc: Mapping[str, Any], reply: str, here: Path) -> dict[str, Any]:
     benchmark = BENCHMARKS[settings["benchmark"]]
     score = judge(benchmark, reply, example, _grids(example, settings), native=settings["native"])
     rollout = Rollout(example=example.key, task=example.task, completion=Completion(text=reply), score=score)
-    item = {"rollout": rollout.to_json(), "example": doc["example"]}
+    item = {"number": doc["number"], "rollout": rollout.to_json(), "example": doc["example"]}
     return dict.fromkeys(measures(benchmark), item)
 
 
 def aggregated(items: Sequence[Mapping[str, Any]], measure: str, here: Path) -> float:
-    """One metric over all replies. Rows with a bad annotation count as wrong, as published, where every question was asked."""
+    """One metric over all replies. Rows with a bad annotation count as wrong, as published, where every question was asked.
+
+    NaN for the average precision of questions none of which has an instance (`--limit`), and for a share of no question.
+    """
     settings = _settings(here)
     benchmark = BENCHMARKS[settings["benchmark"]]
+    # Several processes give their replies in another order, and boxes that are as sure rank in the order of the questions.
+    items = sorted(items, key=lambda item: item["number"])
     rollouts = [Rollout.from_json(item["rollout"]) for item in items]
+    examples = [Example.from_json(json.loads(item["example"])) for item in items]
+    if benchmark.headline == "average_precision":
+        if measure != "headline":
+            benchmark = replace(benchmark, headline="accuracy")
+        elif not any(example.target.boxes for example in examples):
+            return nan
     if len(rollouts) == settings["questions"]:
         rollouts += [unanswered(key, task, reason=None) for key, task in settings["wrong"]]
-    table = tabulate(benchmark, rollouts, [Example.from_json(json.loads(item["example"])) for item in items], bootstrap=0)
-    return _value(benchmark, table, measure)
+    return _value(benchmark, tabulate(benchmark, rollouts, examples, bootstrap=0), measure)
 
 
 def _value(benchmark: Benchmark, table: Table, measure: str) -> float:
@@ -197,7 +221,7 @@ def _value(benchmark: Benchmark, table: Table, measure: str) -> float:
             return whole.unreadable_rate
         case _:
             found = whole.measures[measure]
-            return 0.0 if found is None else found.value
+            return nan if found is None else found.value
 
 
 def _example(doc: Mapping[str, Any]) -> Example:

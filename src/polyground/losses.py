@@ -142,6 +142,8 @@ class GrpoSums:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GrpoLoss:
+    """What one group adds to a step."""
+
     loss: Tensor
     """This group's share of the loss of the step: the shares of all groups add up to it."""
     sums: GrpoSums
@@ -234,6 +236,8 @@ def _reduced(loss_GT: Tensor, mask_GT: Tensor, *, objective: Objective, size: Ba
 
 @dataclass(frozen=True, slots=True)
 class TokenScores:
+    """How likely N tokens were, and how open the choice was."""
+
     logprobs_N: Tensor
     """Nats, of the given tokens."""
     entropies_N: Tensor

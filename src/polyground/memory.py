@@ -72,10 +72,12 @@ class Decoder:
 
     @property
     def query(self) -> int:
+        """Width of all query heads together."""
         return self.heads * self.head_dim
 
     @property
     def key(self) -> int:
+        """Width of all key heads together, which is that of the values."""
         return self.kv_heads * self.head_dim
 
 
@@ -392,10 +394,12 @@ class Estimate:
 
     @property
     def peak_phase(self) -> str:
+        """The phase that takes most; its bytes come on top of what lasts."""
         return max(self.phases, key=lambda phase: sum(self.phases[phase].values()))
 
     @property
     def total(self) -> int:
+        """Bytes at the peak: what lasts and the largest phase."""
         return sum(self.lasting.values()) + sum(self.phases[self.peak_phase].values())
 
     def to_json(self) -> dict[str, Any]:
@@ -581,7 +585,9 @@ def readable(size: int) -> str:
 def many(count: int) -> str:
     """A count of parameters in words.
 
-    >>> many(8_292_166_656), many(7_124_000)
-    ('8.3 billion', '7.1 million')
+    >>> many(8_292_166_656), many(7_124_000), many(41_216)
+    ('8.3 billion', '7.1 million', '41,216')
     """
+    if count < 1e6:
+        return f"{count:,}"
     return f"{count / 1e9:.1f} billion" if count >= 1e9 else f"{count / 1e6:.1f} million"

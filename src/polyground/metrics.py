@@ -67,6 +67,7 @@ class TaskSummary:
 
     @property
     def unreadable_rate(self) -> float:
+        """Share of answers that could not be read, in [0, 1], for whatever reason."""
         return sum(self.unreadable.values())
 
     def to_json(self) -> dict[str, Any]:

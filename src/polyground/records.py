@@ -66,6 +66,7 @@ class Message:
 
     @property
     def images(self) -> tuple[Path, ...]:
+        """The image files among its parts, in order."""
         return tuple(part for part in self.parts if isinstance(part, Path))
 
     def to_json(self) -> dict[str, Any]:
@@ -176,12 +177,14 @@ class Rollout:
 
 
 def answer_to_json(answer: Answer) -> dict[str, Any]:
+    """`{"choice": letter}`, or `{"boxes": [...]}` on unit coordinates; an empty list says "not there"."""
     if answer.choice is not None:
         return {"choice": answer.choice}
     return {"boxes": [_located_to_json(b) for b in answer.boxes]}
 
 
 def answer_from_json(row: Mapping[str, Any]) -> Answer:
+    """What `answer_to_json` has written."""
     if "choice" in row:
         return Answer(choice=row["choice"])
     return Answer(tuple(_located_from_json(b) for b in row["boxes"]))

@@ -59,6 +59,7 @@ class Reading:
 
     @property
     def readable(self) -> bool:
+        """Whether the completion holds an answer at all, right or wrong."""
         return isinstance(self.answer, Answer)
 
     @property

@@ -35,6 +35,7 @@ class Group:
 
     @property
     def totals(self) -> tuple[float, ...]:
+        """[G] weighted rewards, in the order of the completions."""
         return tuple(rollout.score.total for rollout in self.rollouts)
 
     def pass_rate(self, *, threshold: float) -> float:

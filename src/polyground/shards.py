@@ -40,9 +40,11 @@ class Shard:
 
     @property
     def name(self) -> str:
+        """As in the name of its folder."""
         return f"{self.index}-of-{self.count}"
 
     def holds(self, key: str) -> bool:
+        """Whether the row of this key is in this part: told by the key alone."""
         return shard_of(key, self.count) == self.index
 
     def of(self, items: Iterable[Item], keys: Iterable[str]) -> list[Item]:

@@ -47,6 +47,7 @@ class ImageHashes:
         self._known: dict[Path, str] = {}
 
     def of(self, path: Path) -> str:
+        """In hexadecimal; raises DataError for a file that cannot be read."""
         if path not in self._known:
             digest = hashlib.sha256()
             try:

@@ -114,6 +114,7 @@ class RowWriter:
             _cut_torn_line(self.path)
 
     def append(self, row: Mapping[str, Any]) -> None:
+        """One row, on disk when this returns. Raises StorageError, the file as it was, where the disk is full."""
         line = memoryview(json.dumps(row, default=_jsonable).encode() + b"\n")
         with _explained(self.path):
             before = os.fstat(self._file.fileno()).st_size
@@ -127,6 +128,7 @@ class RowWriter:
                 raise
 
     def close(self) -> None:
+        """Nothing is left to be written: rows are on disk already."""
         self._file.close()
 
     def __enter__(self) -> Self:

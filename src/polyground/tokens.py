@@ -30,6 +30,8 @@ _WORDS = re.compile(r"\d|[^\W\d_]{1,6}|[^\w\s]|_|\n")
 
 @dataclass(frozen=True, slots=True)
 class PromptLength:
+    """Tokens of one prompt."""
+
     total: int
     images: int
     """Tokens that stand for image features."""
@@ -57,6 +59,7 @@ class PromptCounter:
 
     @property
     def exact(self) -> bool:
+        """Whether it counts with the folder's own tokenizer and template; `why_not_exact` says why it does not."""
         return not self.why_not_exact
 
     def count(self, messages: Sequence[Message], canvases: Sequence[Canvas]) -> PromptLength:

@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from polyground.errors import ModelError
-from polyground.models import load_family, load_model, save_processor_files
+from polyground.models import best_device, load_family, load_model, save_processor_files
 from toys import write_toy
 
 
@@ -28,6 +28,21 @@ def test_a_trainable_model_keeps_its_vision_tower_frozen(toy: Path) -> None:
     trainable = {name for name, p in load_model(toy, trainable=True).model.named_parameters() if p.requires_grad}
     assert trainable
     assert not any("visual" in name for name in trainable)
+
+
+@pytest.mark.parametrize("device", ["nonsense", pytest.param("cuda:99", id="more-than-there-are")])
+def test_a_device_that_is_not_there_is_said(toy: Path, device: str) -> None:
+    with pytest.raises(ModelError, match=f"device '{device}' cannot be used .*polyground doctor"):
+        load_model(toy, device=device)
+
+
+def test_a_launched_process_has_a_device_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert best_device() == "cuda"
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert best_device() == "cuda:1"
 
 
 def test_the_dtype_is_the_one_asked_for(toy: Path) -> None:

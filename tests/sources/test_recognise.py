@@ -18,6 +18,16 @@ def test_a_file_is_taken_for_what_it_is(tmp_path: Path, kind: str) -> None:
     assert recognise(path) == source
 
 
+@pytest.mark.parametrize("kind", ["odinw", "mc_bench", "mc_bench-coco"])
+def test_tables_on_a_single_line_are_no_json_lines(tmp_path: Path, kind: str) -> None:
+    source, write = FIXTURES[kind]
+    path, _ = write(tmp_path)
+    tables = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(tables), encoding="utf-8")
+    assert recognise(path) == source
+    assert fields_of(path) == list(tables)
+
+
 SAID = [{"role": "user", "content": "<image>Where is the cup?"}, {"role": "assistant", "content": "[[1, 2, 3, 4]]"}]
 TYPED = {"type": "region", "images": ["a.png"]}
 
@@ -49,5 +59,5 @@ def test_the_fields_of_an_unknown_file_can_be_named(tmp_path: Path) -> None:
 
 
 def test_a_file_that_is_not_there_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"nowhere\.json"):
+    with pytest.raises(DataError, match=r"nowhere\.json: cannot be read: there is no such file"):
         recognise(tmp_path / "nowhere.json")

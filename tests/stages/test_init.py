@@ -162,6 +162,14 @@ def test_files_of_ones_own_are_used_where_they_lie(data: Path) -> None:
     assert not Path("mine-data").exists()
 
 
+def test_one_file_for_the_cold_start_and_for_rl_is_told(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--model", "tiny", "--grid", "pixels", "--train", str(data), "--rl", str(data)]
+    assert main(["init", "mine.yaml", *words]) == 0
+    shown = capsys.readouterr().out
+    assert "train and rl are one file" in shown
+    assert "nothing is held out to measure with. Give --test" in shown
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -178,6 +186,11 @@ def test_files_of_ones_own_are_used_where_they_lie(data: Path) -> None:
             ["--model", "tiny", "--data", "photos/cups.json", "--grid", "pixels", "--teacher", "localhost"],
             "is no address",
             id="no-address",
+        ),
+        pytest.param(
+            ["--model", "tiny", "--data", "photos/cups.json", "--grid", "pixels", "--teacher", "http://127.0.0.1/v1"],
+            "add --teacher-model",
+            id="no-name-of-the-teacher",
         ),
     ],
 )

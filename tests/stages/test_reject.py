@@ -10,7 +10,7 @@ from polyground.answer import Answer, Located
 from polyground.config import RejectConfig
 from polyground.geometry import FULL_IMAGE
 from polyground.records import Example, Rollout
-from polyground.stages.reject import histogram, keep
+from polyground.stages.reject import histogram, keep, way_out
 from polyground.storage import read_manifest, read_rows
 
 
@@ -31,6 +31,18 @@ def test_the_band_of_pass_rates(low: float | None, high: float | None, kept: str
     rates = {"a": 0.0, "b": 0.25, "c": 0.75, "d": 1.0}
     config = RejectConfig(min_pass_rate=low, max_pass_rate=high)
     assert "".join(e.key for e in keep([example(key) for key in rates], rates, config)) == kept
+
+
+@pytest.mark.parametrize(
+    ("rates", "said"),
+    [
+        pytest.param([0.0, 0.0], "train the SFT model longer", id="never"),
+        pytest.param([1.0, 1.0], "harder questions", id="always"),
+        pytest.param([0.0, 1.0], "widen the band", id="never-or-always"),
+    ],
+)
+def test_what_to_do_depends_on_why_nothing_is_kept(rates: list[float], said: str) -> None:
+    assert said in way_out(rates)
 
 
 def test_balance_caps_a_task_at_the_median_and_keeps_its_most_teachable_questions() -> None:

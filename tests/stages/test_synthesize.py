@@ -72,6 +72,13 @@ def test_a_scripted_teacher_refuses_data_it_does_not_know(tmp_path: Path) -> Non
         pass
 
 
+def test_a_placeholder_is_told_before_anybody_is_asked(tmp_path: Path) -> None:
+    options = {"teacher": "endpoint", "teacher_base_url": "https://teacher.example/v1", "teacher_model": "the-teacher"}
+    recipe = Recipe.model_validate({"out": tmp_path, "synthesize": options})
+    with pytest.raises(ConfigError, match="still the placeholder"), synthesize.open_teacher(recipe, "train", []):
+        pass
+
+
 SEEN = {"a.png": (140, 280), "b.png": (560, 280)}
 """Width and height of two pictures, all multiples of 28."""
 

@@ -26,7 +26,7 @@ from polyground.imagefile import problem_of
 from polyground.prompts import student_messages
 from polyground.records import Example
 from polyground.sources import read_source
-from polyground.stages import ROLES, best_device
+from polyground.stages import ROLES
 from polyground.stages.report.pictures import LABELS
 from polyground.worlds.build import build_world
 
@@ -45,6 +45,8 @@ class Entrant:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Settings:
+    """How every model is asked."""
+
     instruction: str = ""
     """Appended to the question, as in the recipe the models were trained with."""
     max_tokens: int = 256
@@ -65,6 +67,7 @@ class Reply:
 
     @property
     def boxes(self) -> Sequence[Located]:
+        """Empty where the reply holds no readable answer."""
         return self.answer.boxes if isinstance(self.answer, Answer) else ()
 
     @property
@@ -152,6 +155,7 @@ class Panel:
 
     @property
     def names(self) -> list[str]:
+        """Of the models, in the order they are shown."""
         return [entrant.name for entrant in self.entrants]
 
     def ask(self, entrant: Entrant, example: Example, settings: Settings) -> Iterator[str | Reply]:
@@ -201,7 +205,7 @@ class Panel:
         return Reply(text=completion.text, answer=answer, told=told, tokens=len(completion.token_ids), seconds=seconds)
 
     def _load(self, entrant: Entrant) -> Any:
-        from polyground.models import load_model
+        from polyground.models import best_device, load_model
 
         if entrant.name not in self._loaded:
             self._loaded[entrant.name] = load_model(

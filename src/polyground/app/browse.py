@@ -9,7 +9,7 @@ from pathlib import Path
 from polyground.app.demo import add_page_arguments
 from polyground.app.library import library_of
 from polyground.app.server import require_gradio, scratch_folder, serve
-from polyground.errors import ConfigError
+from polyground.errors import UsageError
 from polyground.sources import SOURCES
 from polyground.stages import source_options
 
@@ -42,9 +42,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> str:
     """Check what is asked for, then serve the page until it is interrupted."""
     if options.iou is not None and not 0 < options.iou <= 1:
-        raise ConfigError(f"--iou {options.iou}: lies above 0 and at most at 1")
+        raise UsageError(f"--iou {options.iou}: lies above 0 and at most at 1")
     if options.source and options.source not in SOURCES:
-        raise ConfigError(f"--source {options.source}: unknown format; known: {', '.join(sorted(SOURCES))}")
+        raise UsageError(f"--source {options.source}: unknown format; known: {', '.join(sorted(SOURCES))}")
     with scratch_folder() as scratch:
         library = library_of(
             Path(options.path),
@@ -71,10 +71,10 @@ def named_files(words: Sequence[str]) -> dict[str, Path]:
     for word in words:
         name, equals, file = word.partition("=")
         if not equals or not name.strip():
-            raise ConfigError(f"--answers {word}: write it as NAME=FILE, as in step60=evaluate/rl/test.jsonl")
+            raise UsageError(f"--answers {word}: write it as NAME=FILE, as in step60=evaluate/rl/test.jsonl")
         if name in found or name in ("truth", "asked"):
-            raise ConfigError(f"--answers {word}: the name {name!r} is taken; give another")
+            raise UsageError(f"--answers {word}: the name {name!r} is taken; give another")
         if not Path(file).is_file():
-            raise ConfigError(f"--answers {word}: there is no file {file}")
+            raise UsageError(f"--answers {word}: there is no file {file}")
         found[name] = Path(file)
     return found

@@ -13,7 +13,7 @@ from typing import Any
 
 from polyground.app.rows import AnswerShelf, Examples, QuestionShelf, Said, Shelf
 from polyground.config import Recipe, load_recipe
-from polyground.errors import ConfigError, DataError
+from polyground.errors import DataError, UsageError
 from polyground.records import Completion, Example, Rollout, Score
 from polyground.sources import BadRow, scan_source
 from polyground.stages import ROLES, benchmark_rows, own_splits, read_split
@@ -42,9 +42,11 @@ class Library:
 
     @property
     def names(self) -> list[str]:
+        """Of the shelves, in the order they were offered."""
         return list(self._builders)
 
     def offer(self, name: str, build: Callable[[], Shelf]) -> None:
+        """Put a shelf under this name; it is built when somebody opens it."""
         self._builders[name] = build
 
     def shelf(self, name: str) -> Shelf:
@@ -85,7 +87,7 @@ def library_of(
             raise DataError(f"{run}: nothing to look through yet; run `polyground world` or `evaluate` with its recipe first")
         return library
     if compare:
-        raise ConfigError("--compare is for runs; give the answers to a data set as --answers NAME=FILE")
+        raise UsageError("--compare is for runs; give the answers to a data set as --answers NAME=FILE")
     if not path.exists() and not str(path).startswith("hub:"):
         raise DataError(f"{path}: no such run or data set; give the folder of a run, a recipe, or an annotation file")
     if path.is_dir() and not source:
@@ -93,7 +95,7 @@ def library_of(
     library = Library(path.name, threshold=THRESHOLD if threshold is None else threshold)
     name = source or ("polyground" if path.suffix == ".jsonl" else "")
     if not name:
-        raise ConfigError(f"{path}: name its format with --source, such as mig_bench or sharegpt")
+        raise UsageError(f"{path}: name its format with --source, such as mig_bench or sharegpt")
     library.offer(path.name, lambda: _dataset(library, path, name, options, answers, scratch))
     return library
 

@@ -32,6 +32,7 @@ class Outcome(IntFlag):
 
     @property
     def spoken(self) -> str:
+        """As the page says it."""
         return (self.name or "").replace("_", " ").lower()
 
 
@@ -252,6 +253,7 @@ class Examples:
         return self
 
     def get(self, key: str) -> Example | None:
+        """The example of this key; None where the file has none."""
         number = self._number.get(key)
         return None if number is None else self._example(self.lines.row(number), number + 1)
 
@@ -261,6 +263,7 @@ class Examples:
         return None if number is None else self._images[number]
 
     def row(self, number: int) -> tuple[Example, dict[str, Any]]:
+        """The example of a line, counted from 0, and the row it was read from."""
         row = self.lines.row(number)
         return self._example(row, number + 1), row
 
@@ -297,6 +300,7 @@ class Answers:
         return [] if number is None else [(self._rewards[number], Outcome(self._outcomes[number]))]
 
     def get(self, key: str) -> Rollout | None:
+        """The answer to the question of this key; None where there is none."""
         number = self._number.get(key)
         return None if number is None else rollout_of(self.lines.row(number), self.lines.path, number + 1)
 

@@ -13,7 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from polyground.errors import ConfigError
+from polyground.errors import MissingLibraryError, UsageError
+from polyground.extras import install_command
 
 HOST = "127.0.0.1"
 PORTS = range(7860, 7960)
@@ -80,7 +81,7 @@ def require_gradio() -> None:
         # gradio asks its own server whether it is there; a proxy would answer in its place.
         os.environ[name] = ",".join(filter(None, (os.environ.get(name), HOST, "localhost")))
     if importlib.util.find_spec("gradio") is None:
-        raise ConfigError("the page needs gradio, which is not installed: pip install 'polyground[demo]'")
+        raise MissingLibraryError(f"the page needs gradio, which is not installed; {install_command('demo')}")
 
 
 def free_port(wanted: int | None) -> int:
@@ -94,7 +95,7 @@ def free_port(wanted: int | None) -> int:
                 continue
             return port
     named = f"port {wanted} is" if wanted is not None else f"ports {PORTS.start} to {PORTS.stop - 1} are"
-    raise ConfigError(f"--port: {named} taken or not allowed on {HOST}; name another with --port")
+    raise UsageError(f"--port: {named} taken or not allowed on {HOST}; name another with --port")
 
 
 def launch(page: Any, *, port: int) -> str:

@@ -2,7 +2,7 @@
 
 from polyground.conventions import model_folder
 from polyground.models.family import NO_IMAGES, Family, ImageFeatures, Loaded, Prompt
-from polyground.models.loading import load_family, load_model, save_processor_files
+from polyground.models.loading import best_device, load_family, load_model, save_processor_files
 
 __all__ = [
     "NO_IMAGES",
@@ -10,6 +10,7 @@ __all__ = [
     "ImageFeatures",
     "Loaded",
     "Prompt",
+    "best_device",
     "load_family",
     "load_model",
     "model_folder",

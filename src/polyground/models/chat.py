@@ -81,16 +81,19 @@ class ChatFamily(ABC):
 
     @cached_property
     def stop_token_ids(self) -> tuple[int, ...]:
+        """The family's end first, then whatever else ends a turn in this folder; each once."""
         others = (self._id("<|endoftext|>"), self._id("<|im_end|>"), self.tokenizer.eos_token_id)
         return tuple(dict.fromkeys(i for i in (self.end_token_id, *others) if i is not None))
 
     @property
     def pad_token_id(self) -> int:
+        """The end token, where the tokenizer has none of its own."""
         pad = self.tokenizer.pad_token_id
         return self.end_token_id if pad is None else int(pad)
 
     @cached_property
     def banned_token_ids(self) -> tuple[int, ...]:
+        """Never sampled: image placeholders, turn starts, and rows of the embedding table that have no token; ascending."""
         named = {self._id(token) for token in self.convention.marks.control} - {None, *self.stop_token_ids}
         # Embedding tables are padded to a round size: the surplus rows have no token and cannot be decoded.
         text = self.config.get("text_config", self.config)
@@ -111,6 +114,7 @@ class ChatFamily(ABC):
     # Text -------------------------------------------------------------------------------------------------------------
 
     def encode(self, messages: Sequence[Message]) -> Prompt:
+        """Raises ModelError where the chat template writes another number of images than the prompt has."""
         images = [path for message in messages for path in message.images]
         vision, placeholders = self._look(images) if images else ({}, [])
         pieces = self._render(messages).split(self.convention.marks.image)
@@ -128,9 +132,11 @@ class ChatFamily(ABC):
         )
 
     def completion_ids(self, text: str) -> list[int]:
+        """What the model is to write, with the end token behind it."""
         return [*self.tokenizer(text, add_special_tokens=False)["input_ids"], self.end_token_id]
 
     def decode(self, ids: Sequence[int]) -> str:
+        """The text with its special tokens, but for the one that ended it."""
         ids = list(ids)
         if ids and ids[-1] in self.stop_token_ids:
             ids.pop()
@@ -149,6 +155,7 @@ class ChatFamily(ABC):
     # Images -----------------------------------------------------------------------------------------------------------
 
     def grids(self, images: Sequence[Path]) -> list[Grid]:
+        """One per image, as it is resized in a prompt of so many; image files are opened only where pixels count."""
         if self.convention.per_mille:
             return [PER_MILLE] * len(images)
         count = len(images)
@@ -184,6 +191,7 @@ class ChatFamily(ABC):
         return self.encode_images_of(model, [prompt])[0]
 
     def encode_images_of(self, model: nn.Module, prompts: Sequence[Prompt]) -> list[ImageFeatures]:
+        """As many prompts at a time as fit together; the features of each stand in the order of its images."""
         with _gathered(model):
             return [features for few in _few(prompts) for features in self._encode_together(core_of(model), few)]
 
@@ -202,6 +210,7 @@ class ChatFamily(ABC):
         ]
 
     def image_inputs(self, features: Sequence[ImageFeatures]) -> dict[str, Any]:
+        """What the model's forward takes in place of pixels; nothing where no prompt has an image."""
         seen = [f for f in features if len(f)]
         return {"mm_encoder_outputs": {"image": self._encoded(seen)}} if seen else {}
 
@@ -215,6 +224,7 @@ class ChatFamily(ABC):
     def forward(
         self, model: nn.Module, *, input_ids: Tensor, position_ids: Tensor, features: Sequence[ImageFeatures], **options: Any
     ) -> Any:
+        """The model's own forward, with features computed ahead; `options` are the model's."""
         positions = self.decoder_positions(position_ids)
         return model(input_ids=input_ids, position_ids=positions, **self.image_inputs(features), **options)
 

@@ -169,4 +169,5 @@ class Loaded:
 
     @property
     def device(self) -> torch.device:
+        """Where the weights are; of several devices that of the first parameter."""
         return next(self.model.parameters()).device

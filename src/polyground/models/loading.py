@@ -5,6 +5,7 @@ Only safetensors weights and only classes that transformers ships: no code of th
 
 from __future__ import annotations
 
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,6 +90,23 @@ def load_family(path: str | Path, *, max_pixels: int | None = None, max_pixels_t
     return kind.family(tokenizer=tokenizer, image_processor=image_processor, config=read_config(folder), convention=convention)
 
 
+def best_device() -> str:
+    """An accelerator where there is one; under a launcher, the one of this process."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    own = os.environ.get("LOCAL_RANK", "")
+    return f"cuda:{int(own) % torch.cuda.device_count()}" if own.isdigit() else "cuda"
+
+
+def _require_device(device: str | torch.device) -> None:
+    try:
+        torch.empty(0, device=device)
+    # A build without CUDA says so by an assertion.
+    except (RuntimeError, AssertionError) as error:
+        why = str(error).partition("\n")[0]
+        raise ModelError(f"device {str(device)!r} cannot be used ({why}); `polyground doctor` tells what there is") from error
+
+
 def load_model(
     path: str | Path,
     *,
@@ -103,6 +121,8 @@ def load_model(
 
     `dtype` is `float32`, `bfloat16`, `float16` or `auto` (as stored). `adapter` is a peft folder laid over the base.
     `trainable` leaves the weights (with an adapter: the adapter's) trainable, except the vision tower's.
+
+    Raises ModelError for what cannot be opened, and for a `device` that is not there.
     """
     folder = model_folder(path)
     family = load_family(folder, max_pixels=max_pixels, max_pixels_total=max_pixels_total)
@@ -110,6 +130,8 @@ def load_model(
     _require_safetensors(folder)
     if dtype != "auto" and dtype not in DTYPES:
         raise ModelError(f"unknown dtype {dtype!r}; choose auto, {', '.join(DTYPES)}")
+    if device is not None:
+        _require_device(device)
     try:
         model, info = _KINDS[config["model_type"]].weights.from_pretrained(
             folder,

@@ -38,6 +38,7 @@ class GroupLayout:
 
     @property
     def total(self) -> int:
+        """Tokens of the packed sequence: the prompt once, every completion once."""
         return self.prefix + sum(self.lengths)
 
 

@@ -53,6 +53,7 @@ class Asked:
 
     @property
     def truth(self) -> Answer:
+        """What is annotated."""
         return self.example.target
 
     def answer(self, model: str) -> Answer | None:
@@ -72,6 +73,7 @@ class Asked:
 
     @property
     def in_letters(self) -> bool:
+        """Whether it is a multiple choice, which has no boxes."""
         return self.truth.choice is not None
 
 

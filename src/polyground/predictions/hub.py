@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from polyground.answer import Answer
-from polyground.errors import DataError
+from polyground.errors import MissingLibraryError
+from polyground.extras import install_command
 from polyground.predictions import Asked
 
 TEXT, NUMBER, WHOLE = ("string", "float64", "int64")
@@ -89,7 +90,7 @@ def schema(models: Sequence[str]) -> Any:
     try:
         import pyarrow as pa
     except ImportError as error:
-        raise DataError("writing parquet needs pyarrow; pip install 'polyground[train]'") from error
+        raise MissingLibraryError(f"writing parquet needs pyarrow; {install_command('train')}") from error
     plain = {TEXT: pa.string(), NUMBER: pa.float64(), WHOLE: pa.int64()}
     plain["image"] = pa.struct({"bytes": pa.binary(), "path": pa.string()})
 

@@ -48,6 +48,7 @@ class Parts:
 
     @classmethod
     def of(cls, loaded: Loaded) -> Self:
+        """The parts of an open model that a decoding step calls."""
         family, model = loaded.family, loaded.model
         return cls(family.language_model(model), family.embedding(model), family.lm_head(model), family.decoder_positions)
 

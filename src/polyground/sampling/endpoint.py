@@ -53,6 +53,7 @@ class Tokens:
         return extra | ({"stop_token_ids": list(self.stops)} if self.stops else {})
 
     def options(self) -> dict[str, Any]:
+        """What a request says of them, in the words of the OpenAI interface."""
         scored = {"logprobs": True} if self.scored else {}
         return scored | ({"logit_bias": {str(number): -100 for number in self.banned}} if self.banned else {})
 

@@ -49,14 +49,17 @@ class Forecast:
 
     @property
     def most_requests(self) -> int:
+        """One per completion, where the server answers no more at a time."""
         return self.completions
 
     @property
     def tokens(self) -> int:
+        """Prompts and completions together, as expected."""
         return self.prompt_tokens + self.completion_tokens
 
     @property
     def most_tokens(self) -> int:
+        """Prompts and completions together, at most."""
         return self.most_prompt_tokens + self.most_completion_tokens
 
     @property
@@ -66,6 +69,7 @@ class Forecast:
 
     @property
     def most_cost(self) -> float | None:
+        """In the currency of the prices; None without prices."""
         return Spending(prompt_tokens=self.most_prompt_tokens, completion_tokens=self.most_completion_tokens).cost(self.prices)
 
     def scaled(self, factor: float) -> Forecast:
@@ -145,6 +149,7 @@ class Asking:
 
     @property
     def prices(self) -> Prices:
+        """Per million tokens, as the recipe says."""
         return Prices(prompt=self.config.prompt_price, completion=self.config.completion_price)
 
     def spent(self) -> Spending:

@@ -16,6 +16,7 @@ PATIENCE = 20.0
 
 
 def main(command: list[str]) -> int:
+    """Run the command until it ends, or standard input does; its exit code, 128 and the signal for one that was killed."""
     child = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)  # noqa: S603 - the caller's own command
     threading.Thread(target=_end_with_input, args=(child.pid,), daemon=True).start()
     code = child.wait()

@@ -50,6 +50,7 @@ class GraphRecorder:
         return not waits
 
     def record(self, step: Step) -> Step:
+        """Run the step once into a CUDA graph; what comes back replays it on the same buffers."""
         graph = torch.cuda.CUDAGraph()
         pool = None if self._last is None else self._last.pool()
         # Other threads may talk to the device meanwhile: they encode images and load batches.

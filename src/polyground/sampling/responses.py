@@ -43,9 +43,11 @@ class Spending:
 
     @property
     def tokens(self) -> int:
+        """Prompts and completions together, as far as the server has counted them."""
         return self.prompt_tokens + self.completion_tokens
 
     def add(self, prompt: int | None, completion: int | None) -> None:
+        """One request more; None for what the server has not counted."""
         self.requests += 1
         self.uncounted += prompt is None
         self.prompt_tokens += prompt or 0
@@ -127,6 +129,7 @@ class Responses:
             self._places[bytes.fromhex(key)] = (path, offset, number)
 
     def close(self) -> None:
+        """Close the file and let go of its lock; once more does no harm."""
         if self._writer is not None:
             self._writer.close()
             self._writer = None

@@ -17,7 +17,8 @@ from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import urlsplit, urlunsplit
 
-from polyground.errors import ConfigError, EndpointError, visible
+from polyground.errors import EndpointError, MissingLibraryError, visible
+from polyground.extras import install_command
 from polyground.records import Completion
 
 if TYPE_CHECKING:
@@ -140,7 +141,7 @@ class Servers:
         try:
             import openai
         except ImportError as error:
-            raise ConfigError("an endpoint sampler needs the openai package; install `polyground[serve]`") from error
+            raise MissingLibraryError(f"an endpoint sampler needs the openai package; {install_command('serve')}") from error
         self._openai = openai
         self.model = model
         """Name of the model that the next requests are for."""

@@ -82,6 +82,7 @@ class Shape:
 
     @property
     def slots(self) -> int:
+        """Rows that are decoded together."""
         return self.prompts * self.each
 
 

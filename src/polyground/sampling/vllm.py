@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any, Self
@@ -62,11 +63,10 @@ class VllmServer:
         except OSError as error:
             raise StorageError(f"{log}: cannot be written ({error.strerror}); make room for the server's log") from error
         logger.warning("starting vLLM on %s at %s; it says more in %s", model, self.url, log)
-        try:
+        with ExitStack() as unready:
+            unready.callback(self.close)
             self._wait_until_ready()
-        except BaseException:
-            self.close()
-            raise
+            unready.pop_all()
 
     def _wait_until_ready(self) -> None:
         until = time.monotonic() + self._config.start_timeout

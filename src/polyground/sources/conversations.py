@@ -16,7 +16,7 @@ from typing import Any
 
 from polyground.answer import MAX_BOXES, Answer, Located
 from polyground.conventions import GRIDS, named_grid
-from polyground.errors import DataError
+from polyground.errors import DataError, GridError
 from polyground.geometry import Box
 from polyground.records import Example
 from polyground.sources.pixels import corner_box, measured
@@ -388,9 +388,10 @@ class _Row:
     def _box(self, numbers: Any, image: int | None, what: str) -> Box:
         grid = self.reading.grid
         if grid is None:
-            raise DataError(
+            raise GridError(
                 f"{self.reading.file}: boxes are written as numbers, and the file does not say on which grid; set the source "
-                "option grid to one of per_mille (0-1000: Qwen2-VL, Qwen3-VL, InternVL), pixels (of the image file, upright), "
+                "option grid (in a recipe `options: {grid: …}`, else --option grid=…) to one of "
+                "per_mille (0-1000: Qwen2-VL, Qwen3-VL, InternVL), pixels (of the image file, upright), "
                 "unit (0-1), per_mille_yxyx (0-1000, y first: Gemini)"
             )
         if grid == "pixels":

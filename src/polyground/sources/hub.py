@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from polyground.errors import DataError
+from polyground.extras import install_command
 from polyground.sources.reading import HUB, stream_rows
 
 HUB_IDS: dict[str, str] = {
@@ -54,7 +55,7 @@ def hub_rows(address: str) -> Iterator[Any]:
     try:
         import datasets  # noqa: F401
     except ImportError as error:
-        raise DataError(f"{address}: reading from the hub needs datasets; pip install 'polyground[train]'") from error
+        raise DataError(f"{address}: reading from the hub needs datasets; {install_command('train')}") from error
     if found := None if place.is_local else _FILE.fullmatch(place.name):
         yield from (row for _, row in stream_rows(_downloaded(place, found["repository"], found["file"])))
         return

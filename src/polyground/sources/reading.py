@@ -20,6 +20,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any, Literal
 
 from polyground.errors import DataError, visible
+from polyground.extras import install_command
 from polyground.geometry import Box
 from polyground.imagefile import ImageError, problem_of
 from polyground.records import Example
@@ -196,7 +197,7 @@ def stream_rows(path: Path) -> Iterator[tuple[int, Any]]:
             with path.open(encoding="utf-8-sig") as file:
                 yield from _json_rows(file, path)
         except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{path}: cannot be read ({error}); is it the annotation file?") from error
+            raise _unreadable(path, error) from error
 
 
 def load_json(path: Path) -> Any:
@@ -204,9 +205,16 @@ def load_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read ({error}); is it the annotation file?") from error
+        raise _unreadable(path, error) from error
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not valid JSON ({error}); download or build it again") from error
+
+
+def _unreadable(path: Path, error: OSError | UnicodeDecodeError) -> DataError:
+    if isinstance(error, FileNotFoundError):
+        return DataError(f"{path}: cannot be read: there is no such file; check the path, which starts from {Path.cwd()}")
+    why = error.strerror if isinstance(error, OSError) else error
+    return DataError(f"{path}: cannot be read ({why}); is it the annotation file?")
 
 
 def _shards(folder: Path) -> list[Path]:
@@ -293,7 +301,7 @@ def _parquet_rows(path: Path) -> Iterator[Any]:
         import pyarrow
         import pyarrow.parquet as parquet
     except ImportError as error:
-        raise DataError(f"{path}: reading parquet needs pyarrow; pip install 'polyground[train]'") from error
+        raise DataError(f"{path}: reading parquet needs pyarrow; {install_command('train')}") from error
     try:
         with parquet.ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=64):

@@ -48,12 +48,15 @@ def _tables(path: Path) -> Row | None:
     """The one JSON object of a file that is no list of rows."""
     if str(path).startswith(HUB) or not path.is_file() or path.suffix.lower() != ".json":
         return None
+    rows = stream_rows(path)
     try:
-        next(iter(stream_rows(path)), None)
+        first = next(rows, (0, None))[1]
     except DataError:
         found = load_json(path)
         return found if isinstance(found, dict) else None
-    return None
+    # `json.dump` writes an object on one line, where it looks like JSON lines of a single row.
+    is_table = isinstance(first, dict) and any(fits(first) for fits in _TABLES.values())
+    return first if is_table and next(rows, None) is None else None
 
 
 def _has(*fields: str) -> Callable[[Row], bool]:

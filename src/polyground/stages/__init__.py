@@ -9,7 +9,6 @@ import hashlib
 import inspect
 import json
 import logging
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,7 +21,7 @@ import yaml
 
 from polyground.config import DataSource, Recipe, Sampling
 from polyground.conventions import load_convention, model_folder
-from polyground.errors import ConfigError, DataError, StorageError
+from polyground.errors import ConfigError, DataError, SplitError, StorageError
 from polyground.geometry import Grid
 from polyground.imagefile import problem_of
 from polyground.records import Example, Message
@@ -46,6 +45,9 @@ VERBS = {"sft-merged": "merge", "grpo-merged": "merge"}
 
 EVALUATED = ("test", "ood", "perception")
 """Fields of `data` and `world` whose splits are benchmarks; `ood` and `perception` stand for several splits each."""
+
+PLACEHOLDER = "https://teacher.example/v1"
+"""The teacher's address in a recipe that waits for one; nobody answers there."""
 
 _ABOUT_FILES = ("check_images", "images_root", "images_out", "strip_prefix")
 """Options of a data file that may differ between machines, and between two attempts at a stage."""
@@ -164,7 +166,7 @@ def model_version(recipe: Recipe, role: str) -> str:
 
 
 def _loaded_student(recipe: Recipe, role: str) -> Student:
-    from polyground.models import load_model
+    from polyground.models import best_device, load_model
     from polyground.prompts import student_messages
     from polyground.rewards import Scorer
     from polyground.sampling.local import LocalSampler
@@ -179,16 +181,6 @@ def _loaded_student(recipe: Recipe, role: str) -> Student:
 
     scorer = Scorer(recipe.rewards, native=loaded.family.native, reasoning=recipe.prompts.reasoning)
     return Student(sampler=LocalSampler(loaded), ask=ask, scorer=scorer)
-
-
-def best_device() -> str:
-    """An accelerator where there is one; under a launcher, the one of this process."""
-    import torch
-
-    if not torch.cuda.is_available():
-        return "cpu"
-    own = os.environ.get("LOCAL_RANK", "")
-    return f"cuda:{int(own) % torch.cuda.device_count()}" if own.isdigit() else "cuda"
 
 
 def upstream(recipe: Recipe, *folders: str) -> dict[str, str]:
@@ -266,13 +258,13 @@ def world_splits(recipe: Recipe) -> list[str]:
 def world_parts(recipe: Recipe, split: str) -> list[str]:
     """The splits of the simulated world that make up one of the recipe: its multiple choices are a file of their own.
 
-    Raises DataError where there is none.
+    Raises SplitError where there is none.
     """
     splits = world_splits(recipe)
     parts = [part for part in (split, f"{split}{CHOICE}") if part in splits]
     if not parts:
         known = ", ".join([*own_splits(recipe), *splits]) or "none"
-        raise DataError(
+        raise SplitError(
             f"the recipe has no split {split!r}: give data.{split} a file or world.{split} a size above 0; its splits: {known}"
         )
     return parts

@@ -20,7 +20,7 @@ from PIL import Image
 from polyground.answer import Answer, Located, Unreadable, read_answer, write_answer, write_native
 from polyground.config import DataSource, load_recipe
 from polyground.conventions import GRIDS, Canvas, Convention, load_convention, named_grid
-from polyground.errors import ConfigError, DataError, StorageError
+from polyground.errors import DataError, StorageError, UsageError
 from polyground.geometry import Box, Grid, InvertedBoxError, OffImageError, iou
 from polyground.imagefile import ImageError, image_size
 from polyground.prompts import question_text
@@ -90,13 +90,13 @@ class _Plan:
 
 def _plan(options: argparse.Namespace) -> _Plan:
     if options.n < 1:
-        raise ConfigError(f"--n {options.n}: draw at least one example")
+        raise UsageError(f"--n {options.n}: draw at least one example")
     if options.out.suffix.lower() not in (".png", ".jpg", ".jpeg"):
-        raise ConfigError(f"--out {options.out}: a picture ends in .png or .jpg")
+        raise UsageError(f"--out {options.out}: a picture ends in .png or .jpg")
     model, budget = options.model, options.max_pixels_total
     if options.recipe is not None:
         if options.split is None:
-            raise ConfigError(f"which split of {options.recipe}? polyground check-coords {options.recipe} test --out FILE.png")
+            raise UsageError(f"which split of {options.recipe}? polyground check-coords {options.recipe} test --out FILE.png")
         recipe = load_recipe(options.recipe)
         files = split_files(recipe, options.split)
         model = model or recipe.model.path
@@ -105,9 +105,9 @@ def _plan(options: argparse.Namespace) -> _Plan:
         reader = source_options(options.source, options.option)
         files = [DataSource(source=options.source, path=options.path, options=reader)]
     else:
-        raise ConfigError("give a recipe and a split, or --source NAME --path FILE --model FOLDER")
+        raise UsageError("give a recipe and a split, or --source NAME --path FILE --model FOLDER")
     if model is None:
-        raise ConfigError("--model FOLDER: which model's grid? A folder with config.json and preprocessor_config.json, or tiny")
+        raise UsageError("--model FOLDER: which model's grid? A folder with config.json and preprocessor_config.json, or tiny")
     return _Plan(files, load_convention(model, max_pixels_total=budget), options.grid)
 
 

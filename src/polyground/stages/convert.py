@@ -21,7 +21,7 @@ from typing import Any, Self
 
 from polyground.answer import NATIVE_WRITERS
 from polyground.conventions import GRIDS, Convention, load_convention
-from polyground.errors import ConfigError, DataError, StorageError
+from polyground.errors import DataError, StorageError, UsageError
 from polyground.exports import CONTRACT, FORMATS, Format, Style, dataset_info, has_boxes, names_under, verl_schema, write_row
 from polyground.geometry import UNIT, Grid
 from polyground.imagefile import ImageError, check_image, image_size
@@ -169,7 +169,7 @@ class _Plan:
             except DataError as error:
                 raise RowError("unfit_image", str(error)) from error
         if self.grid is None:
-            raise ConfigError(
+            raise UsageError(
                 f"example {example.key} has boxes, and nothing says how {self.to} should write them; name the grid "
                 f"(--grid {' | '.join(self.format.grids)}) or the model that will be trained (--model FOLDER)"
             )
@@ -181,15 +181,15 @@ def _plan(options: argparse.Namespace) -> _Plan:
     """The options, checked against one another and the disk before anything is read."""
     form, out = FORMATS[options.to], options.out
     if out.suffix not in form.suffixes:
-        raise ConfigError(f"--out {out}: {options.to} is written to {' or '.join(form.suffixes)}; change the ending")
+        raise UsageError(f"--out {out}: {options.to} is written to {' or '.join(form.suffixes)}; change the ending")
     if options.limit is not None and options.limit < 1:
-        raise ConfigError(f"--limit {options.limit}: give a number of rows, 1 or more")
+        raise UsageError(f"--limit {options.limit}: give a number of rows, 1 or more")
     if options.quarantine is not None and options.on_bad != "quarantine":
-        raise ConfigError("--quarantine names a file for bad rows; add --on-bad quarantine")
+        raise UsageError("--quarantine names a file for bad rows; add --on-bad quarantine")
     if options.quarantine is not None and options.quarantine.suffix != ".jsonl":
-        raise ConfigError(f"--quarantine {options.quarantine}: bad rows are written to .jsonl; change the ending")
+        raise UsageError(f"--quarantine {options.quarantine}: bad rows are written to .jsonl; change the ending")
     if options.form != CONTRACT and not form.native:
-        raise ConfigError(f"--form {options.form}: {options.to} has a form of its own for answers; leave it out")
+        raise UsageError(f"--form {options.form}: {options.to} has a form of its own for answers; leave it out")
     quarantine = None
     if options.on_bad == "quarantine":
         quarantine = options.quarantine or out.with_name(f"{out.name}.quarantine.jsonl")
@@ -224,17 +224,17 @@ def _plan(options: argparse.Namespace) -> _Plan:
 
 def _grid_of(options: argparse.Namespace, form: Format) -> tuple[str | None, Convention | None]:
     if options.model is None and options.max_pixels_total is not None:
-        raise ConfigError("--max-pixels-total goes with --model: it shrinks the images that the model's pixels are counted on")
+        raise UsageError("--max-pixels-total goes with --model: it shrinks the images that the model's pixels are counted on")
     if options.model is not None:
         if form.grids is not GRIDS:
-            raise ConfigError(f"--model: {options.to} does not write boxes as a model does; leave it out, see `convert --help`")
+            raise UsageError(f"--model: {options.to} does not write boxes as a model does; leave it out, see `convert --help`")
         return None, load_convention(options.model, max_pixels_total=options.max_pixels_total)
     name = options.grid or form.grid
     if name is None:
         return None, None
     if name not in form.grids:
         known = f"one of {', '.join(form.grids)}" if form.grids else "no grid at all: boxes are kept as they are"
-        raise ConfigError(f"--grid {name}: {options.to} takes {known}")
+        raise UsageError(f"--grid {name}: {options.to} takes {known}")
     return name, None
 
 
@@ -243,11 +243,11 @@ def _require_apart(written: Sequence[Path], read: str) -> None:
     source = Path(read).absolute()
     for path in written:
         if path.absolute() == source:
-            raise ConfigError(f"{path} is what is read; choose another name")
+            raise UsageError(f"{path} is what is read; choose another name")
         if source.is_dir() and path.absolute().parent == source:
-            raise ConfigError(f"{path} lies in the folder that is read; choose another folder")
+            raise UsageError(f"{path} lies in the folder that is read; choose another folder")
     if len({path.absolute() for path in written}) < len(written):
-        raise ConfigError(f"{written[0]}: the rows and the bad rows need a file each")
+        raise UsageError(f"{written[0]}: the rows and the bad rows need a file each")
 
 
 # ---------------------------------------------------------------- rows, kept and left out

@@ -27,7 +27,7 @@ from polyground.config import Recipe, load_recipe
 from polyground.errors import PolygroundError, StorageError
 from polyground.extras import BASE, EXTRAS, Extra, install_command
 from polyground.memory import Prompts, grpo_memory, many, model_size, readable, sft_memory
-from polyground.stages import own_splits
+from polyground.stages import PLACEHOLDER, own_splits
 
 OLDEST_PYTHON = (3, 11)
 LITTLE_DISK = 20 * 2**30
@@ -333,7 +333,7 @@ def _recipe_files(recipe: Recipe) -> Iterator[Finding]:
     for role, variable in _keys(recipe).items():
         if variable not in os.environ:
             yield Finding("key", "missing", f"the environment variable {variable} ({role}) is not set", f"export {variable}=…")
-    if (recipe.synthesize.teacher_base_url or "") == "https://teacher.example/v1":
+    if (recipe.synthesize.teacher_base_url or "") == PLACEHOLDER:
         yield Finding("teacher", "missing", "its address is a placeholder", "set synthesize.teacher_base_url and teacher_model")
 
 

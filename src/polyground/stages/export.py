@@ -21,7 +21,7 @@ from pydantic import ValidationError
 from polyground import __version__
 from polyground.cards import Identity, Origin, dataset_card, model_card
 from polyground.config import Recipe, load_recipe
-from polyground.errors import ConfigError, DataError, StorageError
+from polyground.errors import ConfigError, DataError, StorageError, UsageError
 from polyground.exports import read_image
 from polyground.imagefile import image_size
 from polyground.predictions import IMAGES, LAYOUTS, Asked, Picture, coco, fiftyone, hub, label_studio, supervision
@@ -99,11 +99,11 @@ def _require_fitting(options: argparse.Namespace) -> None:
     }
     for name, layouts in fitting.items():
         if getattr(options, name) is not None and options.to not in layouts:
-            raise ConfigError(f"--{name.replace('_', '-')} goes with --to {' or '.join(layouts)}; leave it out")
+            raise UsageError(f"--{name.replace('_', '-')} goes with --to {' or '.join(layouts)}; leave it out")
     if options.to == "model-card" and options.split:
-        raise ConfigError("--split: a model's card tells all splits that were evaluated; leave it out")
+        raise UsageError("--split: a model's card tells all splits that were evaluated; leave it out")
     if options.to == "model-card" and len(options.model or ["rl"]) > 1:
-        raise ConfigError("--model: a model folder holds one model; name one")
+        raise UsageError("--model: a model folder holds one model; name one")
 
 
 # ---------------------------------------------------------------- the run
@@ -158,10 +158,10 @@ def _open(options: argparse.Namespace) -> _Run:
     results, outcomes = read_json(folder / RESULTS), read_json(folder / "outcomes.json")
     there = list(results["models"])
     if missing := [model for model in options.model or [] if model not in there]:
-        raise ConfigError(f"--model {missing[0]}: was not evaluated in {recipe.out}; evaluated were {', '.join(there)}")
+        raise UsageError(f"--model {missing[0]}: was not evaluated in {recipe.out}; evaluated were {', '.join(there)}")
     splits = [split for split, table in results["splits"].items() if "pooled" not in table]
     if unknown := [split for split in options.split or [] if split not in splits]:
-        raise ConfigError(f"--split {unknown[0]}: was not evaluated in {recipe.out}; evaluated were {', '.join(splits)}")
+        raise UsageError(f"--split {unknown[0]}: was not evaluated in {recipe.out}; evaluated were {', '.join(splits)}")
     models = [model for model in there if model in (options.model or there)]
     for model in models:
         require_whole(folder / model)
@@ -210,7 +210,7 @@ def _flat(outcomes: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
 def _new_folder(out: Path, *, force: bool) -> Iterator[Path]:
     """A draft beside the folder, which takes its place when the block ends well. Only an earlier export is ever replaced."""
     if out.exists() and not out.is_dir():
-        raise ConfigError(f"--out {out}: is a file; name a folder")
+        raise UsageError(f"--out {out}: is a file; name a folder")
     if out.is_dir() and any(out.iterdir()):
         if not force:
             raise StorageError(f"{out}: exists; choose another folder, or add --force to replace an earlier export")
@@ -422,7 +422,7 @@ def _write_model(opened: _Run, options: argparse.Namespace) -> str:
     """The card beside the weights: in the run's own model folder, or in a new one with what other programs load."""
     role = (options.model or [opened.models[-1]])[0]
     if ROLES[role] is None:
-        raise ConfigError("--model base: the base comes from elsewhere and has its own card; name sft or rl")
+        raise UsageError("--model base: the base comes from elsewhere and has its own card; name sft or rl")
     source = Path(model_path(opened.recipe, role))
     origin = _origin(opened, role, source)
     identity = _identity(opened, options, f"{opened.recipe.name} {role}")

@@ -13,7 +13,7 @@ from polyground import __version__
 from polyground.answer import NATIVE_READERS
 from polyground.benchmarks import BENCHMARKS, read_annotation
 from polyground.conventions import GRIDS, load_convention, model_folder
-from polyground.errors import ConfigError, StorageError
+from polyground.errors import StorageError, UsageError
 from polyground.lmms_eval import LAYOUT, ROWS, SETTINGS, rows_of, settings_of, task_yaml, utils_py
 from polyground.prompts import INSTRUCTIONS
 from polyground.sources import options_of
@@ -57,9 +57,9 @@ def run(options: argparse.Namespace) -> str:
     if (out / SETTINGS).exists() and not options.force:
         raise StorageError(f"{options.out}: holds a task already; choose another folder, or add --force to replace it")
     if options.images_root is not None and "images_root" not in options_of(options.benchmark):
-        raise ConfigError(f"{options.benchmark} has no --images-root; leave it out")
+        raise UsageError(f"{options.benchmark} has no --images-root; leave it out")
     if options.model is None and (options.max_pixels or options.max_pixels_total):
-        raise ConfigError("--max-pixels and --max-pixels-total go with --model: they decide the pixels it counts")
+        raise UsageError("--max-pixels and --max-pixels-total go with --model: they decide the pixels it counts")
     annotation = read_annotation(
         options.benchmark,
         options.annotation.absolute(),

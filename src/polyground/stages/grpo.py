@@ -17,7 +17,6 @@ from polyground.records import Example, Message
 from polyground.shards import launched_processes
 from polyground.stages import (
     answers_folder,
-    best_device,
     model_identity,
     model_path,
     model_version,
@@ -51,7 +50,7 @@ def run(recipe: Recipe) -> Mapping[str, Any]:
         kept = recipe.out / "reject" / "kept.jsonl"
         rows = list(read_rows(kept))
         require_images(rows, kept)
-        from polyground.models import load_model
+        from polyground.models import best_device, load_model
         from polyground.rewards import Scorer
         from polyground.training.grpo import train_grpo
 

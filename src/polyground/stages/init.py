@@ -26,7 +26,7 @@ import yaml
 
 from polyground.config import DataSource, GrpoConfig, SftConfig, load_recipe
 from polyground.conventions import GRIDS, Convention, load_convention
-from polyground.errors import ConfigError, DataError, PolygroundError, StorageError, UsageError
+from polyground.errors import ConfigError, DataError, GridError, PolygroundError, StorageError, UsageError
 from polyground.exports import Style, names_under, write_row
 from polyground.imagefile import image_size
 from polyground.memory import ModelSize, Prompts, grpo_memory, many, model_size, readable, sft_memory
@@ -36,7 +36,7 @@ from polyground.sources import SOURCES, BadRow, Item
 from polyground.sources.reading import NAMED, screen_images
 from polyground.sources.recognise import fields_of, recognise
 from polyground.splits import ImageHashes
-from polyground.stages import aligned, say, scan_file, source_options
+from polyground.stages import PLACEHOLDER, aligned, say, scan_file, source_options
 from polyground.tokens import PromptCounter
 
 SPLITS = ("train", "rl", "validation", "test")
@@ -220,9 +220,7 @@ def _needs_grid(source: str, file: Path, told: Mapping[str, Any]) -> bool:
     """Rows without numbers (multiple choices, boxes in ms-swift's `objects`) need none."""
     try:
         list(islice(_rows(source, file, told), _TRIED))
-    except DataError as error:
-        if "grid" not in str(error):
-            raise
+    except GridError:
         return True
     return False
 
@@ -264,7 +262,7 @@ def _ask_grid(source: str, file: Path, told: Mapping[str, Any]) -> str:
     lines = [f"     {grid:<15} {words}; {fits[grid][0]} of {fits[grid][1]} rows fit" for grid, words in GRID_WORDS.items()]
     question = "\n".join(["3/4  How are the boxes in it written? The file does not say:", *lines])
     if not sys.stdin.isatty():
-        raise DataError(f"{file}: the file does not say how its boxes are written; say --grid\n" + "\n".join(lines))
+        raise GridError(f"{file}: the file does not say how its boxes are written; say --grid\n" + "\n".join(lines))
 
     def check(answer: str) -> str:
         if answer not in GRIDS:
@@ -432,7 +430,7 @@ class _Measured:
 def _measure(model: _Model, examples: Sequence[Example], *, memory: float | None) -> _Measured:
     """The largest budget that fits into the memory, or the usual one where no memory is said."""
     if memory is not None and memory <= 0:
-        raise ConfigError(f"--memory {memory:g}: give the GiB of one GPU, such as 24")
+        raise UsageError(f"--memory {memory:g}: give the GiB of one GPU, such as 24")
     if model.tiny:
         return _with_budget(model, examples, None)
     budgets = BUDGETS if memory is not None else (USUAL_BUDGET,)
@@ -498,9 +496,10 @@ def _teacher(options: argparse.Namespace) -> tuple[str, str]:
         url, _, name = answer.partition(" ")
         name = name.strip() or options.teacher_model or ""
         if url and not url.startswith(("http://", "https://")):
-            raise ConfigError(f"{url!r} is no address; write http://localhost:8000/v1, or nothing for later")
+            raise UsageError(f"{url!r} is no address; write http://localhost:8000/v1, or nothing for later")
         if url and not name:
-            raise ConfigError("the server has to be told which model: write its address, a blank, and the model's name")
+            how = "add --teacher-model NAME" if options.teacher else "write its address, a blank, and the model's name"
+            raise UsageError(f"the server has to be told which model: {how}")
         return url, name
 
     if options.teacher is None and not sys.stdin.isatty():
@@ -512,7 +511,7 @@ def _teacher(options: argparse.Namespace) -> tuple[str, str]:
 # ---------------------------------------------------------------- the recipe
 
 
-_NO_TEACHER = ("https://teacher.example/v1", "the-teacher")
+_NO_TEACHER = (PLACEHOLDER, "the-teacher")
 
 
 def _recipe_text(
@@ -524,8 +523,48 @@ def _recipe_text(
     teacher: tuple[str, str],
     measured: _Measured,
 ) -> str:
-    name = recipe.stem
-    url, teacher_model = teacher if teacher[0] else _NO_TEACHER
+    """The file, with a comment wherever a choice was made."""
+    grpo = _settings(model, "grpo")
+    tokens = f"{measured.tokens:,} tokens"
+    parts = [
+        _head(recipe, model),
+        [
+            f"name: {_yaml(recipe.stem)}",
+            f"out: {_yaml(options.out or f'runs/{recipe.stem}')}",
+            f"seed: {options.seed}",
+        ],
+        [
+            "model:",
+            f"  path: {_yaml(model.path)}",
+            f"  dtype: {'float32' if model.tiny else _DTYPE}",
+            *([f"  max_pixels_total: {measured.budget} # shared by the images of a prompt"] if measured.budget else []),
+        ],
+        ["world: {train: 0, rl: 0, validation: 0, test: 0, ood: 0, perception: 0} # nothing is simulated"],
+        _data(splits, shares),
+        ["prompts:", f"  instruction: {_yaml(_instruction(model))}"],
+        [
+            "rewards: # one scorer for the teacher's answers, rejection, RL and evaluation; docs/rewards.md",
+            "  - {name: iou, weight: 0.8} # overlap with the annotation, on the right image",
+            "  - {name: image, weight: 0.1} # the right image",
+            "  - {name: format, weight: 0.1} # one think block, one answer block",
+        ],
+        _synthesis(options, teacher),
+        [
+            f"sft: # about {readable(measured.sft)} on one device for the longest of the first prompts ({tokens})",
+            *_section(_settings(model, "sft")),
+        ],
+        [
+            "reject: # keeps the questions that the SFT model sometimes gets right",
+            *_section({"num_generations": 8, "max_completion_length": grpo["max_completion_length"]}),
+        ],
+        [f"grpo: # about {readable(measured.grpo)}", *_section(grpo)],
+        ["evaluate:", *_section({"max_completion_length": 128 if model.tiny else 512})],
+    ]
+    return "\n".join("\n".join([*part, ""]) for part in parts)
+
+
+def _head(recipe: Path, model: _Model) -> list[str]:
+    """What the file is, and the commands that go with it."""
     shown = shlex.quote(str(recipe))
     steps = {
         f"polyground doctor {shown}": "what this machine lacks for it",
@@ -534,66 +573,34 @@ def _recipe_text(
         f"polyground run {shown} --dry-run": "what would be done",
         f"polyground run {shown}": "",
     }
-    data = [
-        line
-        for split, file in splits.items()
-        for line in (
-            f"  {split}: # {shares[split]:,} questions",
-            f"    - {_yaml({'source': file.source, 'path': str(file.path), 'options': dict(file.options)})}",
-        )
-    ]
-    later = "" if teacher[0] else " # CHANGE: no teacher was named; address and model are placeholders"
-    lines = [
-        f"# {name}: {model.about}.",
+    return [
+        f"# {recipe.stem}: {model.about}.",
         "# Written by `polyground init`; a key that is left out has its default, and docs/reference.md lists all of them.",
         *(f"#   {command:<{max(map(len, steps))}}   {what}".rstrip() for command, what in steps.items()),
-        "",
-        f"name: {_yaml(name)}",
-        f"out: {_yaml(options.out or f'runs/{name}')}",
-        f"seed: {options.seed}",
-        "",
-        "model:",
-        f"  path: {_yaml(model.path)}",
-        f"  dtype: {'float32' if model.tiny else _DTYPE}",
-        *([f"  max_pixels_total: {measured.budget} # shared by the images of a prompt"] if measured.budget else []),
-        "",
-        "world: {train: 0, rl: 0, validation: 0, test: 0, ood: 0, perception: 0} # nothing is simulated",
-        "",
-        "data: # benchmarks of your own or public ones go under `ood` and `perception`; docs/data.md",
-        *data,
-        "",
-        "prompts:",
-        f"  instruction: {_yaml(_instruction(model))}",
-        "",
-        "rewards: # one scorer for the teacher's answers, rejection, RL and evaluation; docs/rewards.md",
-        "  - {name: iou, weight: 0.8} # overlap with the annotation, on the right image",
-        "  - {name: image, weight: 0.1} # the right image",
-        "  - {name: format, weight: 0.1} # one think block, one answer block",
-        "",
+    ]
+
+
+def _data(splits: Mapping[str, DataSource], shares: Mapping[str, int]) -> list[str]:
+    lines = ["data: # benchmarks of your own or public ones go under `ood` and `perception`; docs/data.md"]
+    for split, file in splits.items():
+        entry = {"source": file.source, "path": str(file.path), "options": dict(file.options)}
+        lines += [f"  {split}: # {shares[split]:,} questions", f"    - {_yaml(entry)}"]
+    return lines
+
+
+def _synthesis(options: argparse.Namespace, teacher: tuple[str, str]) -> list[str]:
+    url, name = teacher if teacher[0] else _NO_TEACHER
+    later = "" if teacher[0] else " # CHANGE: no teacher was named; address and model are placeholders"
+    return [
         "synthesize: # questions and images of `train` are sent to this server; docs/teacher.md",
         "  teacher: endpoint",
         f"  teacher_base_url: {_yaml(url)}{later}",
-        f"  teacher_model: {_yaml(teacher_model)}",
+        f"  teacher_model: {_yaml(name)}",
         f"  api_key_env: {_yaml(options.teacher_key)} # the *name* of the environment variable that holds the key",
         f"  teacher_grid: {_yaml(options.teacher_grid)} # how the teacher writes boxes; GPT, Claude: pixels; or its model folder",
         "  samples_per_example: 2 # attempts; the best one that the scorer confirms is kept",
         "  aid: failed # questions it fails unaided it explains, shown the annotation",
-        "",
-        f"sft: # about {readable(measured.sft)} on one device for the longest of the first prompts ({measured.tokens:,} tokens)",
-        *_section(_settings(model, "sft")),
-        "",
-        "reject: # keeps the questions that the SFT model sometimes gets right",
-        "  num_generations: 8",
-        f"  max_completion_length: {_settings(model, 'grpo')['max_completion_length']}",
-        "",
-        f"grpo: # about {readable(measured.grpo)}",
-        *_section(_settings(model, "grpo")),
-        "",
-        "evaluate:",
-        f"  max_completion_length: {128 if model.tiny else 512}",
-        "",
     ]
-    return "\n".join(lines)
 
 
 def _section(settings: Mapping[str, Any]) -> list[str]:
@@ -648,10 +655,11 @@ def _report(
             "no image of validation or test is in another split, under whatever name;",
             "train and rl may share images, and share no question",
         ]
+    if "data" not in files and files["train"].path == files["rl"].path:
+        lines.append("train and rl are one file: RL would learn from the questions that the cold start has been shown answers to")
     if "test" not in shares:
-        lines.append(
-            "nothing is held out to measure with: the questions share their images, or are few. Give --test a file of its own"
-        )
+        why = ": the questions share their images, or are few" if "data" in files else ""
+        lines.append(f"nothing is held out to measure with{why}. Give --test a file of its own")
     lines += [
         "",
         "memory of one device, estimated for the longest of the first prompts "

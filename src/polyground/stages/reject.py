@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from polyground.config import Recipe, RejectConfig
-from polyground.errors import DataError
+from polyground.errors import NothingKeptError
 from polyground.prompts import PROMPT_VERSION
 from polyground.records import Example
 from polyground.rollout import Group, interleave, rollout_groups
@@ -62,9 +62,9 @@ def run(recipe: Recipe) -> Mapping[str, Any]:
         rates = {row["key"]: float(row["pass_rate"]) for row in rows}
         kept = keep(examples, rates, config)
         if not kept:
-            raise DataError(
+            raise NothingKeptError(
                 f"{folder.path}: no question has a pass rate between {config.min_pass_rate} and {config.max_pass_rate} "
-                f"({histogram(rates.values())}); widen the band, raise reject.num_generations, or train the SFT model longer"
+                f"({histogram(rates.values())}); {way_out(rates.values())}; rollouts.jsonl there has the answers"
             )
         lines = (json.dumps({**example.to_json(), "pass_rate": rates[example.key]}) + "\n" for example in kept)
         atomic_write_text(folder.file("kept.jsonl"), "".join(lines))
@@ -133,6 +133,15 @@ def histogram(rates: Any) -> dict[str, int]:
     {'0.000': 1, '0.500': 2}
     """
     return dict(sorted(Counter(f"{rate:.3f}" for rate in rates).items()))
+
+
+def way_out(rates: Collection[float]) -> str:
+    """What to do where no question is kept, by its pass rates."""
+    if not any(rates):
+        return "nothing was ever answered right: train the SFT model longer or on more rows, or lower reject.pass_iou"
+    if all(rate == 1 for rate in rates):
+        return "everything was always answered right: RL has nothing to teach here; give `rl` harder questions, or raise pass_iou"
+    return "widen the band, raise reject.num_generations, or train the SFT model longer"
 
 
 def _summary(

@@ -35,7 +35,7 @@ from polyground.benchmarks import (
     unanswered,
 )
 from polyground.conventions import GRIDS, load_convention, named_grid
-from polyground.errors import ConfigError, DataError
+from polyground.errors import DataError, UsageError
 from polyground.geometry import Grid
 from polyground.imagefile import image_size
 from polyground.metrics import Estimate, TaskSummary
@@ -138,7 +138,7 @@ def _annotation(options: argparse.Namespace) -> Annotation:
     given = {"images_root": options.images_root, "strip_prefix": options.strip_prefix, "version": options.version}
     for name, value in given.items():
         if value is not None and name not in options_of(options.benchmark):
-            raise ConfigError(f"{options.benchmark} has no --{name.replace('_', '-')}; leave it out")
+            raise UsageError(f"{options.benchmark} has no --{name.replace('_', '-')}; leave it out")
     further = source_options(options.benchmark, options.option)
     return read_annotation(options.benchmark, options.annotation, **{**given, **further})
 

@@ -19,7 +19,7 @@ from polyground.answer import Answer, reasoning_of
 from polyground.config import EndpointConfig, Recipe, SynthesizeConfig
 from polyground.conventions import GRIDS, Convention, load_convention, named_grid
 from polyground.curation import Attempt, GridsOf, Judge, Teacher, attempts_at, best_of, furthest_of, taught_answer
-from polyground.errors import BudgetError, ConfigError, DataError, PolygroundError
+from polyground.errors import BudgetError, ConfigError, NothingKeptError, PolygroundError
 from polyground.geometry import PER_MILLE, Grid
 from polyground.imagefile import image_size
 from polyground.prompts import PROMPT_VERSION, TEACHER_VERSION, can_be_explained, judge_messages, teacher_messages
@@ -30,6 +30,7 @@ from polyground.sampling import Sampler, sample_seed
 from polyground.sampling.forecast import Asking, Estimate, Forecast
 from polyground.sampling.scripted import ScriptedSampler
 from polyground.stages import (
+    PLACEHOLDER,
     aligned,
     answers_folder,
     gather_parts,
@@ -87,7 +88,9 @@ def run(recipe: Recipe) -> Mapping[str, Any]:
         if shard is not None:
             return folder.finish({"shard": str(shard), **summary}).summary
         if not summary["kept"]:
-            raise DataError(f"{folder.path}: the teacher's answers were all dropped ({summary['dropped']}); see rejected.jsonl")
+            raise NothingKeptError(
+                f"{folder.path}: the teacher's answers were all dropped ({summary['dropped']}); see rejected.jsonl"
+            )
         return folder.finish(summary).summary
 
 
@@ -134,6 +137,11 @@ def open_teacher(recipe: Recipe, split: str, examples: Sequence[Example]) -> Ite
         return
     if not config.teacher_base_url or config.teacher_model is None:
         raise ConfigError("synthesize.teacher: endpoint needs teacher_base_url and teacher_model")
+    if config.teacher_base_url == PLACEHOLDER:
+        raise ConfigError(
+            f"synthesize.teacher_base_url is still the placeholder {PLACEHOLDER}: name a server with an OpenAI-compatible "
+            "address and its teacher_model, in the recipe or as --synthesize.teacher_base_url URL --synthesize.teacher_model NAME"
+        )
     url, model = config.teacher_base_url, config.teacher_model
     with _served(recipe, url, model, config.endpoint, "synthesize", config.api_key_env, convention) as served:
         # Enough that the servers are not idle while the last answers of a batch come in.

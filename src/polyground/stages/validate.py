@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 
 from polyground.config import DataSource, GrpoConfig, ModelConfig, Recipe, SftConfig, load_recipe
 from polyground.conventions import Convention, load_convention
-from polyground.errors import ConfigError, DataError, StorageError
+from polyground.errors import DataError, StorageError, UsageError
 from polyground.geometry import PER_MILLE
 from polyground.imagefile import ImageError, decoded, image_size
 from polyground.memory import Estimate, ModelSize, Prompts, describe, grpo_memory, model_size, sft_memory
@@ -124,11 +124,11 @@ def _plan(options: argparse.Namespace) -> _Plan:
     for name in ("sample", "workers", "max_length", "max_pixels_total"):
         value = getattr(options, name)
         if value is not None and value < 1:
-            raise ConfigError(f"--{name.replace('_', '-')} {value}: give 1 or more")
+            raise UsageError(f"--{name.replace('_', '-')} {value}: give 1 or more")
     not_there: list[str] = []
     if options.recipe is not None:
         if options.source or options.path:
-            raise ConfigError(f"give {options.recipe} or --source and --path, not both")
+            raise UsageError(f"give {options.recipe} or --source and --path, not both")
         recipe = load_recipe(options.recipe)
         splits, not_there = _recipe_splits(recipe)
         title = str(options.recipe)
@@ -145,7 +145,7 @@ def _plan(options: argparse.Namespace) -> _Plan:
         sft, grpo = SftConfig(**common), GrpoConfig(per_device_train_batch_size=1, **common)
         assumed = f"with bfloat16, gradient checkpointing and LoRA rank {sft.lora_r} (a recipe has its own settings)"
     else:
-        raise ConfigError("give a recipe, or --source NAME --path FILE; see `polyground validate --help`")
+        raise UsageError("give a recipe, or --source NAME --path FILE; see `polyground validate --help`")
     budget = options.max_pixels_total or recipe.model.max_pixels_total
     convention = None if model is None else _convention(model, budget, not_there)
     return _Plan(
@@ -196,9 +196,7 @@ def _benchmarks(words: Sequence[str]) -> dict[str, list[DataSource]]:
         source, colon, rest = word.partition(":")
         path, *options = rest.split(",")
         if not colon or source not in SOURCES:
-            raise ConfigError(
-                f"--against {word}: write SOURCE:PATH, as in mig_bench:MIG_data.json; sources: {', '.join(SOURCES)}"
-            )
+            raise UsageError(f"--against {word}: write SOURCE:PATH, as in mig_bench:MIG_data.json; sources: {', '.join(SOURCES)}")
         file = DataSource(source=source, path=Path(path), options=source_options(source, options))
         name = f"{source}:{file.path.name}"
         benchmarks[name if name not in benchmarks else word] = [file]

@@ -111,6 +111,7 @@ class Schedule(Dataset[Example]):
 
     @property
     def examples(self) -> int:
+        """Questions of one pass."""
         return len(self._examples)
 
     def number(self, index: int) -> int:
@@ -637,6 +638,7 @@ def step_seed(seed: int, step: int) -> int:
 
 
 def groups_per_step(args: Any) -> int:
+    """Groups of an optimiser step, over all processes."""
     return int(args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size)
 
 

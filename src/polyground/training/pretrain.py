@@ -74,6 +74,7 @@ class FastVision:
 
 
 def normalised(pixels_SKD: np.ndarray) -> Tensor:
+    """Bytes as floats in [-1, 1], as the vision tower takes them."""
     return torch.from_numpy(pixels_SKD).float().div_(127.5).sub_(1.0)
 
 
@@ -137,6 +138,7 @@ class Gaze:
         return -torch.stack([(one[b, t, at].float() + 1e-6).log().sum() for one in weights]).mean()
 
     def close(self) -> None:
+        """Take the hooks off the model."""
         for hook in self._hooks:
             hook.remove()
 
@@ -271,6 +273,7 @@ class Trainer:
 
     @property
     def checkpoint(self) -> Path:
+        """The file that a stopped run goes on from."""
         return self.work / "last.pt"
 
     def save(self) -> None:

@@ -77,6 +77,8 @@ class Rows:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Step:
+    """What one step is made of: S patches in rows."""
+
     pixels_SKD: NDArray[np.uint8]
     """Patches, each as channels x height x width."""
     seen: Seen
@@ -99,6 +101,7 @@ def token_at(x: float, y: float) -> int:
 
 
 def label_tokens(scenes: list[Scene]) -> Seen:
+    """Of every merged token: whether an object's centre is in it, what it is, its box; of two objects the larger counts."""
     present = np.zeros((len(scenes), TOKENS_PER_IMAGE), dtype=np.bool_)
     classes = np.zeros((len(scenes), TOKENS_PER_IMAGE, 4), dtype=np.int64)
     edges = np.zeros((len(scenes), TOKENS_PER_IMAGE, 4), dtype=np.float32)
@@ -122,12 +125,15 @@ class Encoder:
         )
 
     def ids(self, text: str) -> list[int]:
+        """Token ids, with nothing put around the text."""
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: list[int]) -> str:
+        """The text of token ids."""
         return self._tokenizer.decode(ids)
 
     def prompt(self, images: int, question: str) -> str:
+        """A user's turn of so many images and the question, up to where the answer begins."""
         pad = "<|vision_start|>" + "<|image_pad|>" * TOKENS_PER_IMAGE + "<|vision_end|>"
         shown = pad if images == 1 else "\n".join(f"Image {n}: {pad}" for n in range(1, images + 1))
         return f"<|im_start|>user\n{shown}\n{question}{_TURN}"

@@ -54,12 +54,14 @@ class FeatureCache:
         return identity in self._kept
 
     def get(self, identity: str) -> tuple[Prompt, ImageFeatures] | None:
+        """What is kept of this prompt, which then counts as used last; None where nothing is."""
         with self._lock:
             if identity in self._kept:
                 self._kept.move_to_end(identity)
             return self._kept.get(identity)
 
     def put(self, identity: str, prompt: Prompt, features: ImageFeatures) -> None:
+        """Keep a copy in host memory; the longest unused make room. What is larger than all the room is not kept."""
         kept = (prompt, _moved(features, torch.device("cpu"), copy=True))
         if _bytes(*kept) > self._room:
             return

@@ -234,6 +234,7 @@ def _fits(checkpoint: Path, name: str, told: str, digests: Mapping[str, str]) ->
 
 
 def checkpoint_step(checkpoint: Path) -> int:
+    """The step that the folder's name says; -1 where it says none."""
     number = checkpoint.name.rpartition("-")[2]
     return int(number) if number.isdigit() else -1
 

@@ -46,6 +46,7 @@ class ChoiceQuestion:
 
     @property
     def letter(self) -> str:
+        """Of the right choice."""
         return "ABCDEF"[self.right]
 
 

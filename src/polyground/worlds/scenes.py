@@ -80,6 +80,7 @@ class Look:
 
     @property
     def held_out(self) -> bool:
+        """Whether this pair of colour and shape is kept for the out-of-domain sets."""
         return (self.colour, self.shape) in HELD_OUT_PAIRS
 
 
@@ -95,6 +96,7 @@ class Item:
 
     @property
     def look(self) -> Look:
+        """What it looks like, without where it is."""
         return Look(self.shape, self.colour, self.size, self.texture)
 
 

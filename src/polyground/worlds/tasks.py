@@ -72,6 +72,7 @@ class Picture:
     brightness: float = 1.0
 
     def draw(self) -> Image.Image:
+        """The image, brightened or darkened as the picture says."""
         image = render(self.scene)
         return image if self.brightness == 1.0 else ImageEnhance.Brightness(image).enhance(self.brightness)
 

@@ -83,6 +83,8 @@ class Headline:
 
 @dataclass(frozen=True, slots=True)
 class Cell:
+    """One number of a table, as it is written."""
+
     text: str
     interval: str = ""
     best: bool = False
@@ -90,6 +92,8 @@ class Cell:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
+    """One task of a table."""
+
     task: str
     questions: int
     cells: Sequence[Sequence[Cell]]

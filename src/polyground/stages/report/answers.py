@@ -104,6 +104,7 @@ class Turned:
 
     @property
     def asked(self) -> int:
+        """Questions that both models have answered."""
         return self.gained + self.lost + self.kept + self.missed
 
 

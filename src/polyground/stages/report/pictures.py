@@ -44,6 +44,8 @@ class Drawn:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Picture:
+    """An image inlined into the page, and the boxes drawn over it; sizes in CSS pixels."""
+
     uri: str
     width: int
     height: int
@@ -131,6 +133,7 @@ def draw_pictures(example: Example, located: Sequence[tuple[str, int, Box]], *, 
 
 
 def draw_picture(path: Path, boxes: Sequence[tuple[str, Box]], *, side: int) -> Picture:
+    """The image, its longer side `side` pixels long, and (model, box) pairs laid over it; raises DataError for a bad image."""
     image = load_image(path)
     scale = side / max(image.size)
     if scale < 1:
@@ -149,6 +152,7 @@ def small_uri(image: Image.Image) -> str:
 
 
 def place_box(model: str, box: Box, width: int, height: int) -> Drawn:
+    """The box in pixels, and where its label stands: every model has a corner of its own, so that no label hides another."""
     x0, y0, x1, y1 = box.to_pixels(width=width, height=height)
     right, below = _CORNERS[model]
     stroke, dash = _STROKES[model]
@@ -171,6 +175,7 @@ def place_box(model: str, box: Box, width: int, height: int) -> Drawn:
 
 
 def reply_of(model: str, rollout: Rollout, *, threshold: float) -> Reply:
+    """What one model said, split into reasoning and answer; `threshold` is the IoU from which a box is right."""
     score, text = rollout.score, rollout.completion.text
     reasoning = reasoning_of(text)
     return Reply(

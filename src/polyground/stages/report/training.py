@@ -24,6 +24,8 @@ MOMENTS, SAMPLES = 3, 4
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Figure:
+    """One chart of the training section."""
+
     title: str
     caption: str
     drawing: Markup
@@ -58,6 +60,7 @@ class Part:
 
 
 def sft_part(recipe: Recipe) -> Part:
+    """The curves of the cold start, from its log; empty where it was not run."""
     log = _log(recipe, "sft")
     validation = {"train": "loss", "validation": "eval_loss"}
     figures = _figures(

@@ -47,10 +47,12 @@ class Run:
 
     @property
     def name(self) -> str:
+        """As it is told in lines and tables."""
         return f"{self.arm.name} seed {self.seed}"
 
     @property
     def folder(self) -> Path:
+        """Where its recipe puts it."""
         return self.recipe.out
 
     @property
@@ -61,6 +63,7 @@ class Run:
 
     @property
     def made(self) -> dict[str, Any]:
+        """What the run's file says of commit, machine and time; empty before it has been started."""
         path = self.folder / MADE
         found: dict[str, Any] = read_json(path) if path.is_file() else {}
         return found

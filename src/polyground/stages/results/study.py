@@ -89,12 +89,15 @@ class Study(Section):
         return self
 
     def arm(self, name: str) -> Arm:
+        """The arm of this name, which has to be there."""
         return next(arm for arm in self.arms if arm.name == name)
 
     def seeds_of(self, arm: Arm) -> list[int]:
+        """Its own seeds, or else those of the study."""
         return self.seeds if arm.seeds is None else arm.seeds
 
     def folder(self, arm: Arm, seed: int) -> Path:
+        """The run folder of one arm and seed."""
         return self.out / arm.name / f"seed-{seed}"
 
     def runs(self) -> Iterator[tuple[Arm, int]]:
