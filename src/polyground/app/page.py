@@ -16,8 +16,9 @@ import gradio as gr
 from polyground.app.asking import Entrant, Panel, Reply, Settings, drawn, question_of, require_images, spoken
 from polyground.app.library import Library
 from polyground.app.pictures import card, message, paint, pictures, thought
-from polyground.app.rows import Filter, Outcome, Shelf, pages_of, write_export
+from polyground.app.rows import Filter, Shelf, pages_of, write_export
 from polyground.errors import DataError, PolygroundError
+from polyground.outcomes import Outcome
 from polyground.records import Example
 
 PAGE = 5

@@ -25,17 +25,16 @@ from polyground import __version__, charts
 from polyground.config import Recipe, show_recipe
 from polyground.errors import DataError
 from polyground.metrics import Estimate
+from polyground.outcomes import Kind, explained
 from polyground.records import Example, Rollout
 from polyground.rollout import is_right
 from polyground.stages import ROLES, benchmark_rows, read_split
 from polyground.stages.report.answers import (
     Asked,
     Facet,
-    Kind,
     Shares,
     Turned,
     errors_of,
-    explained,
     image_confusion,
     kinds_by_split,
     kinds_by_task,
