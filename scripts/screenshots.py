@@ -89,14 +89,12 @@ def picture_of_asking(page: Any, out: Path, *, example: str) -> None:
 def picture_of_browsing(page: Any, out: Path) -> None:
     page.get_by_role("tab", name="Browse").click()
     page.wait_for_selector("#pg-card-1 article")
-    for outcome in ("SFT: wrong image", "RL: right"):
-        page.click("#pg-outcomes input")
-        page.click(f"[role=option] >> text={outcome}")
-        page.keyboard.press("Escape")
-    page.wait_for_function("!/^([0-9]+) of \\1 /.test(document.querySelector('#pg-status').textContent.trim())")
+    page.click("#pg-view input")
+    page.click("[role=option] >> text=GRPO")
+    page.wait_for_selector("#pg-card-0 .pg-group")
     page.mouse.move(0, 0)
     page.wait_for_timeout(1000)
-    save(page, out, height=1000)
+    save(page, out, height=1290)
 
 
 def save(page: Any, out: Path, *, height: int | None) -> None:
