@@ -54,3 +54,17 @@ def test_a_readable_drawing_says_its_scales() -> None:
     drawing = charts.curves({"loss": [(1, 0.0), (3, 2.0)]}, width=360, height=190)
     [frame] = re.findall(r'data-frame="([^"]+)"', drawing)
     assert [float(number) for number in frame.split()] == [52, 10, 242, 144, 1, 3, 0, 2]
+
+
+def test_a_long_number_beside_the_axis_has_room() -> None:
+    drawing = charts.curves({"rate": [(1, 0.001), (100, 0.0)]})
+    [x] = {float(x) for x in re.findall(r'text-anchor="end" x="([\d.]+)"', drawing)}
+    assert ">0.00075<" in drawing
+    assert x > 6.6 * len("0.00075")
+
+
+def test_shares_at_a_threshold_say_so_above_them() -> None:
+    drawing = charts.shares_above({"rl": [1.0, 1.0], "sft": [0.0]}, mark=0.5)
+    texts = re.findall(r'<text[^>]* y="([\d.]+)">([^<]+)</text>', drawing)
+    at, full = (float(next(y for y, text in texts if text == said)) for said in ("at 0.5", "100 %"))
+    assert 0 < at < full

@@ -49,6 +49,7 @@ HEIGHTS = {
     "grounder": 7,
     "rollout": 7,
     "curation": 8,
+    "outcomes": 8,
     "training": 8,
     "stages": 9,
     "demo": 10,

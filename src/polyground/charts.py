@@ -111,7 +111,8 @@ def curves(
         return _svg(width, height, [_text(width / 2, height / 2, "no values")], "No values")
     xs, ys = [x for x, _ in points], [y for _, y in points]
     ticks = nice_ticks(min(ys), max(ys))
-    frame = Frame(52, 10, width - 118, height - 46, (min(xs), max(xs)), (min(ticks[0], *ys), max(ticks[-1], *ys)))
+    left = max(52.0, 12 + 6.8 * max(len(_number(tick)) for tick in ticks))
+    frame = Frame(left, 10, width - left - 66, height - 46, (min(xs), max(xs)), (min(ticks[0], *ys), max(ticks[-1], *ys)))
     marks = [_y_axis(frame, ticks=ticks)]
     for tick in nice_ticks(min(xs), max(xs), count=4):
         if frame.x_range[0] <= tick <= frame.x_range[1]:
@@ -142,7 +143,7 @@ def difference_strip(series: Mapping[str, Measure], *, width: int = 520, row: in
     frame = Frame(left, 4, width - left - 64, height - 24, (ticks[0], ticks[-1]), (0.0, 1.0))
     marks = [
         f'<line class="{"zero" if tick == 0 else "grid"}" x1="{frame.x(tick):.1f}" x2="{frame.x(tick):.1f}" y1="{frame.top}" '
-        f'y2="{frame.bottom}"/>' + _text(frame.x(tick), height - 5, _signed(tick))
+        f'y2="{frame.bottom}"/>' + _text(frame.x(tick), height - 5, f"{tick * 100:+.3g}" if tick else "0")
         for tick in ticks
     ]
     for index, (name, measure) in enumerate(series.items()):
@@ -250,7 +251,7 @@ def matrix(
 def shares_above(
     series: Mapping[str, Sequence[float]], *, mark: float, x_label: str = "IoU at least", width: int = 520, height: int = 240
 ) -> Markup:
-    """How large a share of each series reaches a value, for every value in [0, 1]; a line stands at `mark`."""
+    """How large a share of each series reaches a value, for every value in [0, 1]; told in numbers for the line at `mark`."""
     frame = Frame(46, 10, width - 104, height - 46, (0.0, 1.0), (0.0, 1.0))
     marks = [_y_axis(frame, ticks=[0, 0.25, 0.5, 0.75, 1.0], unit="%")]
     marks += [_text(frame.x(tick), frame.bottom + 15, f"{tick:g}") for tick in (0, 0.25, 0.5, 0.75, 1.0)]
@@ -267,8 +268,11 @@ def shares_above(
         )
         share = _reaching(values, mark)
         ends.append((frame.y(share), f"{100 * share:.0f} %", f"c-{escape(name)}"))
-    for y, text, style in _spread(ends, gap=13, top=frame.top, bottom=frame.bottom):
-        marks.append(_text(frame.right + 6, y + 4, text, anchor="start", style=f"end {style}"))
+    placed = _spread(ends, gap=13, top=frame.top + 13, bottom=frame.bottom)
+    marks += [_text(frame.right + 6, y + 4, text, anchor="start", style=f"end {style}") for y, text, style in placed]
+    if placed:
+        # The lines end elsewhere: these are their values at the mark.
+        marks.append(_text(frame.right + 6, placed[0][0] - 9, f"at {mark:g}", anchor="start"))
     return _svg(width, height, marks, f"Share of answers by value, {', '.join(series)}", reading=_reading(frame))
 
 

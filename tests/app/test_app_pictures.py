@@ -44,6 +44,11 @@ def test_a_box_that_names_no_image_is_drawn_on_all(images: list[Path]) -> None:
     assert [box[0] for box in edges(pictures(images, [("base", None, HALF)], paint(["base"])))] == ["base", "base"]
 
 
+def test_labels_lie_above_all_boxes_of_their_image(images: list[Path]) -> None:
+    html = pictures(images[:1], [("truth", 1, HALF), ("rl", 1, HALF)], paint(["truth", "rl"]))
+    assert [place[1] for place in re.finditer(r'<g class="pg-(mark|label)"', html)] == ["mark", "mark", "label", "label"]
+
+
 def test_every_model_has_a_colour_of_its_own() -> None:
     colours = paint(["truth", "base", "sft", "rl", "mine", "yours", "step 60"])
     assert len(set(colours.values())) == len(colours)

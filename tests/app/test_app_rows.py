@@ -10,26 +10,11 @@ from typing import Any
 import pytest
 from small_run import example, make_run, rollout, write
 
-from polyground.answer import Answer
 from polyground.app.library import library_of
-from polyground.app.rows import Examples, Filter, Lines, Outcome, QuestionShelf, outcome_of, write_export
+from polyground.app.rows import Examples, Filter, Lines, QuestionShelf, write_export
 from polyground.errors import ConfigError, DataError
-from polyground.records import Score
+from polyground.outcomes import Outcome
 from polyground.sources import read_source
-
-
-@pytest.mark.parametrize(
-    ("score", "expected"),
-    [
-        pytest.param(rollout("q", iou=0.5).score, Outcome.RIGHT, id="at-the-threshold"),
-        pytest.param(rollout("q", iou=0.49).score, Outcome.WRONG_BOX, id="below-it"),
-        pytest.param(rollout("q", image=0.0).score, Outcome.WRONG_IMAGE, id="another-image"),
-        pytest.param(rollout("q", unreadable="missing").score, Outcome.UNREADABLE, id="no-answer"),
-        pytest.param(Score(total=0, parts={}, answer=Answer(choice="B")), Outcome.WRONG_LETTER, id="letter"),
-    ],
-)
-def test_an_answer_has_one_outcome(score: Score, expected: Outcome) -> None:
-    assert outcome_of(score, threshold=0.5) == expected
 
 
 @pytest.fixture(scope="module")

@@ -9,15 +9,13 @@ import pytest
 
 from polyground.answer import Answer, Located
 from polyground.geometry import Box
+from polyground.outcomes import Kind
 from polyground.records import Completion, Example, Rollout, Score
 from polyground.stages.report.answers import (
     Asked,
-    Kind,
     errors_of,
-    explained,
     image_confusion,
     in_turns,
-    kind_of,
     kinds_by_split,
     kinds_by_task,
     kinds_from_to,
@@ -45,39 +43,6 @@ def said(answer: Answer | None, *, iou: float = 0.0, unreadable: str | None = No
 
 def at(image: int | None, *more: int) -> Answer:
     return Answer(tuple(Located(number, THERE) for number in (image, *more)))
-
-
-@pytest.mark.parametrize(
-    ("target", "rollout", "expected"),
-    [
-        pytest.param(ONE_BOX, said(ONE_BOX, iou=0.5), Kind.RIGHT, id="at-the-threshold"),
-        pytest.param(ONE_BOX, said(at(2), iou=0.49), Kind.LOOSE, id="just-below"),
-        pytest.param(ONE_BOX, said(at(2), iou=0.1), Kind.LOOSE, id="it-touches"),
-        pytest.param(ONE_BOX, said(at(2), iou=0.09), Kind.ELSEWHERE, id="it-hardly-touches"),
-        pytest.param(ONE_BOX, said(at(None), iou=0.3), Kind.LOOSE, id="names-no-image"),
-        pytest.param(ONE_BOX, said(at(1)), Kind.WRONG_IMAGE, id="wrong-image"),
-        pytest.param(ONE_BOX, said(at(1, 2), iou=0.4), Kind.WRONG_IMAGE, id="one-of-two-on-a-wrong-image"),
-        pytest.param(ONE_BOX, said(at(2, 2), iou=0.4), Kind.NUMBER, id="too-many"),
-        pytest.param(ONE_BOX, said(NOTHING), Kind.ABSENT, id="said-to-be-absent"),
-        pytest.param(NOTHING, said(NOTHING, iou=1.0), Kind.RIGHT, id="rightly-absent"),
-        pytest.param(NOTHING, said(at(1)), Kind.INVENTED, id="invented"),
-        pytest.param(LETTER, said(LETTER, iou=1.0), Kind.RIGHT, id="right-letter"),
-        pytest.param(LETTER, said(Answer(choice="A")), Kind.CHOICE, id="wrong-letter"),
-        pytest.param(LETTER, said(at(1)), Kind.CHOICE, id="a-box-for-a-letter"),
-        pytest.param(ONE_BOX, said(None, unreadable="missing"), Kind.UNREADABLE, id="unreadable"),
-        pytest.param(ONE_BOX, said(None, unreadable="missing", truncated=True), Kind.CUT_OFF, id="cut-off"),
-    ],
-)
-def test_the_kind_of_an_answer(target: Answer, rollout: Rollout, expected: Kind) -> None:
-    assert kind_of(rollout, question(target), threshold=0.5) == expected
-
-
-def test_an_annotation_that_knows_no_image_blames_none() -> None:
-    assert kind_of(said(at(1), iou=0.3), question(Answer((Located(None, HERE),))), threshold=0.5) == Kind.LOOSE
-
-
-def test_every_kind_is_explained() -> None:
-    assert explained(0.5).keys() == set(Kind)
 
 
 @pytest.mark.parametrize(

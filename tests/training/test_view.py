@@ -37,11 +37,11 @@ class Clock:
 
 
 def seen(
-    folder: Path, *, terminal: bool, steps: int, start: int = 0, width: int = 120, warnings: str | None = None
+    folder: Path, *, terminal: bool, steps: int, start: int = 0, width: int = 120, height: int = 40, warnings: str | None = None
 ) -> tuple[View, str]:
     """A training of 20 steps, ten seconds each, whose reward rises by 0.01 a step: its view, and what was written meanwhile."""
     out, clock = io.StringIO(), Clock()
-    console = Console(file=out, force_terminal=terminal, width=width, color_system=None, legacy_windows=False)
+    console = Console(file=out, force_terminal=terminal, width=width, height=height, color_system=None, legacy_windows=False)
     if warnings is not None:
         (folder / "warnings.jsonl").write_text(warnings, encoding="utf-8")
     view = View("grpo", log=folder / "log.jsonl", warnings=folder / "warnings.jsonl", console=console, clock=clock)
@@ -66,8 +66,8 @@ def views() -> Iterator[list[View]]:
         view.close()
 
 
-def panel_of(view: View, width: int = 120) -> str:
-    console = Console(file=io.StringIO(), width=width, color_system=None, record=True)
+def panel_of(view: View, width: int = 120, height: int = 40) -> str:
+    console = Console(file=io.StringIO(), width=width, height=height, color_system=None, record=True)
     console.print(view.panel())
     return console.export_text()
 
@@ -141,6 +141,18 @@ def test_a_narrow_panel_puts_figures_below_one_another(tmp_path: Path, views: li
     lines = panel_of(view, 60).splitlines()
     assert max(map(len, lines)) <= 60
     assert sum("loss" in line or "entropy" in line for line in lines) == 2
+
+
+def test_a_low_terminal_has_two_figures_in_a_row_and_its_warnings_above_them(tmp_path: Path, views: list[View]) -> None:
+    parts = {f"rewards/part {number}/mean": 0.5 for number in range(12)}
+    view, _ = seen(tmp_path, terminal=True, steps=2, width=80, height=24, warnings='{"step": 1, "kind": "kl", "text": "far"}\n')
+    views.append(view)
+    view.on_log(None, TrainerState(global_step=3, max_steps=20, is_world_process_zero=True), None, logs={**HALF, **parts})
+    lines = panel_of(view, 80, 24).splitlines()
+    assert len(lines) < 24
+    assert max(map(len, lines)) <= 80
+    assert [place for place, line in enumerate(lines) if "! step 1: far" in line] == [3]  # below border, bar and memory
+    assert all("…" not in line for line in lines)
 
 
 def test_a_terminal_gets_the_last_line_too(tmp_path: Path) -> None:

@@ -24,7 +24,8 @@ from polyground.geometry import Box
 from polyground.grounder import Grounding, found_boxes
 from polyground.imagefile import problem_of
 from polyground.prompts import student_messages
-from polyground.records import Example
+from polyground.records import Example, Score
+from polyground.rewards import Scorer
 from polyground.sources import read_source
 from polyground.stages import ROLES
 from polyground.stages.report.pictures import LABELS
@@ -62,6 +63,8 @@ class Reply:
     answer: Answer | Unreadable
     told: Mapping[str, Any]
     """As `polyground ground` prints it: boxes in pixels of the files."""
+    score: Score
+    """Against the annotation, for questions that have one."""
     tokens: int
     seconds: float
 
@@ -77,8 +80,10 @@ class Reply:
             return f"unreadable: {self.answer.value.replace('_', ' ')}"
         if self.answer.choice is not None:
             return f"answers {self.answer.choice}"
-        named = sorted({str(located.image or "not named") for located in self.answer.boxes})
-        return f"image {', '.join(named)}" if named else "says it is not there"
+        if not self.answer.boxes:
+            return "says it is not there"
+        named = sorted({located.image for located in self.answer.boxes if located.image is not None})
+        return f"image {', '.join(map(str, named))}" if named else "names no image, so drawn on all"
 
 
 def entrants(model: str, compare: Sequence[str]) -> list[Entrant]:
@@ -195,6 +200,7 @@ class Panel:
         )
         seconds = time.monotonic() - began
         answer = read_answer(completion.text, grids, native=loaded.family.native)
+        score = Scorer((), native=loaded.family.native).score(completion, example, grids)
         told = Grounding(
             question=example.question,
             images=example.images,
@@ -202,7 +208,9 @@ class Panel:
             answer=answer,
             boxes=found_boxes(answer, example.images),
         ).to_json()
-        return Reply(text=completion.text, answer=answer, told=told, tokens=len(completion.token_ids), seconds=seconds)
+        return Reply(
+            text=completion.text, answer=answer, told=told, score=score, tokens=len(completion.token_ids), seconds=seconds
+        )
 
     def _load(self, entrant: Entrant) -> Any:
         from polyground.models import best_device, load_model

@@ -13,7 +13,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from polyground.app.rows import Found, Said, outcome_of
+from polyground.app.rows import Found, Said
 from polyground.errors import DataError
 from polyground.geometry import Box
 from polyground.imagefile import image_size
@@ -172,13 +172,11 @@ def _target(found: Found) -> str:
 def _answer(said: Said, colours: Mapping[str, str], *, threshold: float) -> dict[str, Any]:
     score = said.rollout.score
     reply = reply_of(said.name, said.rollout, threshold=threshold)
-    outcome = outcome_of(score, threshold=threshold)
-    why = f": {score.unreadable.replace('_', ' ')}" if score.unreadable else ""
     return {
         "label": LABELS.get(said.name, said.name),
         "colour": colours[said.name],
         "right": reply.right,
-        "outcome": said.note.replace("_", " ") or outcome.spoken + why,
+        "outcome": said.note.replace("_", " ") or reply.verdict,
         "measure": reply.measure,
         "reasoning": reply.reasoning,
         "reply": reply.reply,

@@ -11,40 +11,13 @@ import math
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from enum import IntFlag
 from pathlib import Path
 from statistics import fmean
 from typing import IO, Any
 
 from polyground.errors import DataError
-from polyground.records import Example, Rollout, Score
-from polyground.rollout import is_right
-
-
-class Outcome(IntFlag):
-    """How an answer went; a group of answers has several."""
-
-    RIGHT = 1
-    WRONG_IMAGE = 2
-    WRONG_BOX = 4
-    WRONG_LETTER = 8
-    UNREADABLE = 16
-
-    @property
-    def spoken(self) -> str:
-        """As the page says it."""
-        return (self.name or "").replace("_", " ").lower()
-
-
-def outcome_of(score: Score, *, threshold: float) -> Outcome:
-    """Right by the rule of the benchmarks, or the first thing that is wrong."""
-    if score.unreadable is not None:
-        return Outcome.UNREADABLE
-    if is_right(score, threshold=threshold):
-        return Outcome.RIGHT
-    if score.image_correct is not None and score.image_correct < 1:
-        return Outcome.WRONG_IMAGE
-    return Outcome.WRONG_LETTER if score.answer is not None and score.answer.choice is not None else Outcome.WRONG_BOX
+from polyground.outcomes import Outcome, outcome_of
+from polyground.records import Example, Rollout
 
 
 class Lines:

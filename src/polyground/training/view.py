@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from rich.console import Console, Group
 from rich.live import Live
+from rich.padding import Padding
 from rich.panel import Panel
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -45,8 +46,8 @@ AT_THE_END = ("loss", "reward", "iou", "frac_reward_zero_std", "entropy", "kl", 
 IN_A_LINE = ("loss", "reward", "iou", "frac_reward_zero_std", "entropy", "kl", "completions/mean_length")
 """What a plain line says."""
 
-WIDE = 96
-"""Columns from which figures stand two in a row."""
+WIDE, LESS_WIDE = 96, 72
+"""Columns from which figures stand two in a row, and from which they do where the terminal is too low for one in a row."""
 
 SPARKS = "▁▂▃▄▅▆▇█"
 
@@ -123,14 +124,15 @@ class View(TrainerCallback):
     def panel(self) -> Panel:
         """All there is to see at this moment."""
         done = ProgressBar(total=max(1, self._total), completed=self._step)
-        blocks: list[Any] = [done]
-        if self._rows:
-            blocks.append(self._figures())
-        blocks.append(Text(f"memory {spoken_memory()}", style="dim"))
+        # A bar ends no line by itself.
+        blocks: list[Any] = [Padding(done), Text(f"memory {spoken_memory()}", style="dim")]
+        # Above the figures: what does not fit into a low terminal is cut off below.
         blocks += [
             Text(f"! step {row['step']}: {visible(str(row['text']))}", style="yellow", overflow="ellipsis", no_wrap=True)
             for row in self._warned[-3:]
         ]
+        if self._rows:
+            blocks.append(self._figures(rows_taken=len(blocks) + 2))
         title = f" {visible(self._name)} · step {self._step} of {self._total} "
         return Panel(Group(*blocks), title=Text(title), title_align="left", subtitle=Text(f" {self._times()} "), padding=(0, 1))
 
@@ -159,7 +161,7 @@ class View(TrainerCallback):
         steps = f"{self._step - self._begun_at} steps in {spoken_clock(self._clock() - self._begun)}{before}"
         return f"{visible(self._name)}: {'  '.join([steps, *said, spoken_memory()])}"
 
-    def _figures(self) -> Table:
+    def _figures(self, *, rows_taken: int) -> Table:
         row = self._rows[-1]
         shown: list[tuple[str, str]] = []
         for key, name in FIGURES.items():
@@ -167,7 +169,11 @@ class View(TrainerCallback):
                 shown.append((name, key))
             if key == "reward":
                 shown += [(f"  {visible(part)}", name_of) for part, name_of in _parts(row).items()]
-        columns = 2 if self._console.width >= WIDE else 1
+        wide, is_low = self._console.width, len(shown) + rows_taken >= self._console.height
+        columns = 2 if wide >= WIDE or (is_low and wide >= LESS_WIDE) else 1
+        # Of the inner width, what the longest name, a number and the gaps between them leave.
+        longest = max((len(name) for name, _ in shown), default=0)
+        room = max(0, min(16, (wide - 4) // columns - longest - 9 - 3 * 2))
         table = Table.grid(padding=(0, 2), expand=False)
         down = -(-len(shown) // columns)
         for place in range(down):
@@ -175,15 +181,15 @@ class View(TrainerCallback):
             for name, key in shown[place::down]:
                 values = self._values(key)
                 cells += [
-                    Text(name, style="dim"),
+                    Text(name, style="dim", no_wrap=True),
                     Text(_short(values[-1]), justify="right", style="bold"),
-                    Text(self._spark(values), style="cyan"),
+                    Text(self._spark(values, width=room), style="cyan", no_wrap=True),
                 ]
             table.add_row(*cells)
         return table
 
-    def _spark(self, values: Sequence[float]) -> str:
-        return sparkline(values, width=16) if "utf" in self._console.encoding else ""
+    def _spark(self, values: Sequence[float], *, width: int) -> str:
+        return sparkline(values, width=width) if "utf" in self._console.encoding else ""
 
     def _in_parts(self, key: str) -> str:
         parts = _parts(self._rows[-1]) if key == "reward" else {}

@@ -25,17 +25,16 @@ from polyground import __version__, charts
 from polyground.config import Recipe, show_recipe
 from polyground.errors import DataError
 from polyground.metrics import Estimate
+from polyground.outcomes import Kind, explained
 from polyground.records import Example, Rollout
 from polyground.rollout import is_right
 from polyground.stages import ROLES, benchmark_rows, read_split
 from polyground.stages.report.answers import (
     Asked,
     Facet,
-    Kind,
     Shares,
     Turned,
     errors_of,
-    explained,
     image_confusion,
     kinds_by_split,
     kinds_by_task,
@@ -65,6 +64,9 @@ SHORT_HEADINGS = {"test": "in domain", "ood": "out of domain", "perception": "pe
 
 STAGES = ("world", "synthesize", "sft", "sft-merged", "reject", "grpo", "grpo-merged", *(f"evaluate/{role}" for role in ROLES))
 """Folders of a run, in the order they are made."""
+
+DROPPED = {"tells": "says that it knew the answer", "coordinates": "spells out coordinates"}
+"""Why a teacher's attempt was left out, where the name of the reason does not say it."""
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "numpy", "pillow")
 
@@ -490,7 +492,7 @@ def _funnel(summary: Mapping[str, Any]) -> list[Step]:
     asked, kept = int(summary["asked"]), int(summary["kept"])
     steps = [("questions asked", asked, "all"), ("kept", kept, "kept")]
     reasons = sorted(summary.get("dropped", {}).items(), key=lambda item: -item[1])
-    steps += [(f"dropped: {str(reason).replace('_', ' ')}", count, "dropped") for reason, count in reasons]
+    steps += [(f"dropped: {DROPPED.get(reason, str(reason).replace('_', ' '))}", count, "dropped") for reason, count in reasons]
     return [Step(name=name, count=count, share=count / max(1, asked), kind=kind) for name, count, kind in steps]
 
 

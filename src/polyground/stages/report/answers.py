@@ -6,56 +6,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 
 from markupsafe import Markup
 
 from polyground import charts
+from polyground.outcomes import Kind, kind_of
 from polyground.records import Example, Rollout
 from polyground.rollout import is_right
 from polyground.stages.report.pictures import LABELS
 
-TOUCHES = 0.1
-"""IoU from which a box is loose rather than elsewhere."""
-
 BINS = 10
 """Columns of a distribution of IoU."""
-
-
-class Kind(StrEnum):
-    """What an answer is, seen from the annotation: the first of these that fits."""
-
-    RIGHT = "right"
-    CUT_OFF = "cut off"
-    UNREADABLE = "unreadable"
-    CHOICE = "wrong choice"
-    ABSENT = "said not to be there"
-    INVENTED = "found what is not there"
-    WRONG_IMAGE = "wrong image"
-    NUMBER = "wrong number of boxes"
-    LOOSE = "loose box"
-    ELSEWHERE = "box elsewhere"
-
-    @property
-    def style(self) -> str:
-        """Of its colour on the page."""
-        return f"k-{self.name.lower().replace('_', '-')}"
-
-
-def explained(threshold: float) -> dict[Kind, str]:
-    """Each kind in a sentence."""
-    return {
-        Kind.RIGHT: f"The box reaches IoU {threshold:g} on the image it names, or the letter is right.",
-        Kind.CUT_OFF: "The token budget ran out before there was an answer.",
-        Kind.UNREADABLE: "There is no usable answer; the reasons are counted in the tables and under Training.",
-        Kind.CHOICE: "Another letter than the annotated one, or boxes where a letter was asked for.",
-        Kind.ABSENT: "No box, where something is annotated.",
-        Kind.INVENTED: "A box, where nothing is annotated.",
-        Kind.WRONG_IMAGE: "A box names an image where nothing is annotated; how well it would lie there is not asked.",
-        Kind.NUMBER: "The right images, but more boxes than annotated, or fewer.",
-        Kind.LOOSE: f"The right image, and an overlap from {TOUCHES:g} to below {threshold:g}.",
-        Kind.ELSEWHERE: f"The right image, or none named, and an overlap below {TOUCHES:g}: another object, or nothing.",
-    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,28 +67,6 @@ class Turned:
     def asked(self) -> int:
         """Questions that both models have answered."""
         return self.gained + self.lost + self.kept + self.missed
-
-
-def kind_of(rollout: Rollout, example: Example, *, threshold: float) -> Kind:
-    """The kind of an answer."""
-    score, target = rollout.score, example.target
-    answer = score.answer
-    if is_right(score, threshold=threshold):
-        return Kind.RIGHT
-    if score.unreadable is not None or answer is None:
-        return Kind.CUT_OFF if rollout.completion.truncated else Kind.UNREADABLE
-    if target.choice is not None or answer.choice is not None:
-        return Kind.CHOICE
-    if not answer.boxes:
-        return Kind.ABSENT
-    if not target.boxes:
-        return Kind.INVENTED
-    known = {located.image for located in target.boxes}
-    if None not in known and any(located.image is not None and located.image not in known for located in answer.boxes):
-        return Kind.WRONG_IMAGE
-    if len(answer.boxes) != len(target.boxes):
-        return Kind.NUMBER
-    return Kind.LOOSE if score.iou >= TOUCHES else Kind.ELSEWHERE
 
 
 # ---- kinds of error

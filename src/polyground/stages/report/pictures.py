@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from polyground.answer import Located, reasoning_of
 from polyground.geometry import Box
+from polyground.outcomes import outcome_of
 from polyground.records import Example, Rollout
 from polyground.rollout import is_right
 from polyground.vision import load_image, to_data_uri
@@ -189,13 +190,9 @@ def reply_of(model: str, rollout: Rollout, *, threshold: float) -> Reply:
 
 
 def verdict(rollout: Rollout, *, threshold: float) -> str:
-    """One or two words for how an answer went."""
-    score = rollout.score
-    if score.unreadable is not None:
-        return f"unreadable: {score.unreadable.replace('_', ' ')}"
-    if is_right(score, threshold=threshold):
-        return "right"
-    return "wrong image" if score.image_correct is not None and score.image_correct < 1 else "wrong"
+    """A few words for how an answer went; of an unreadable one, why."""
+    why = rollout.score.unreadable
+    return outcome_of(rollout.score, threshold=threshold).spoken + (f": {why.replace('_', ' ')}" if why else "")
 
 
 def _measure(rollout: Rollout) -> str:
