@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 from statistics import mean
@@ -17,8 +16,7 @@ from polyground.answer import Answer, read_answer
 from polyground.errors import ConfigError
 from polyground.geometry import PER_MILLE, Box, iou
 from polyground.records import Message
-from polyground.worlds.pretraining import compare_question
-from polyground.worlds.scenes import Scene, describe, render, sample_scene
+from polyground.worlds.scenes import describe, render, sample_scene
 
 
 class PretrainConfig(BaseModel):
@@ -50,8 +48,6 @@ class PretrainConfig(BaseModel):
     """The objects of one image named in words."""
     mix_choosing: float = 0.0
     """Multiple choices about one image, answered by a letter."""
-    mix_comparing: float = 0.0
-    """Several images compared, answered by a name; each question has scenes of its own, drawn besides `scenes`."""
     mix_text: float = 0.07
     optimiser: Literal["muon", "adamw"] = "muon"
     """Muon learns the weight matrices inside the blocks; AdamW everything else, or everything."""
@@ -125,8 +121,7 @@ def measure(folder: Path, *, count: int, seed: int) -> dict[str, float]:
     """Share of objects found at IoU of at least 0.5, answering freely and greedily, on scenes never trained on.
 
     `one_image`: find an object in one image; `unseen_pair`: the same, of a colour-shape pair never trained on; `one_of_three`:
-    find an object in the image of three that the question names, as in pretraining. `compared`: nothing is found, the name that
-    answers a comparison is the right one.
+    find an object in the image of three that the question names, as in pretraining.
     """
     from polyground.models import load_model
     from polyground.sampling.local import LocalSampler
@@ -139,40 +134,25 @@ def measure(folder: Path, *, count: int, seed: int) -> dict[str, float]:
             asked = [_finding(rng, Path(drawn) / f"{kind}-{k}", images, unseen=kind == "unseen_pair") for k in range(count)]
             answers = sampler.sample([messages for messages, _ in asked], n=1, temperature=0.0, max_tokens=64, seed=seed)
             shares[kind] = round(mean(_found(one.text, truth) for [one], (_, truth) in zip(answers, asked, strict=True)), 4)
-        compared = [_comparing(rng, Path(drawn) / f"compared-{k}") for k in range(count)]
-        answers = sampler.sample([messages for messages, _ in compared], n=1, temperature=0.0, max_tokens=64, seed=seed)
-        shares["compared"] = round(mean(one.text == name for [one], (_, name) in zip(answers, compared, strict=True)), 4)
     return shares
 
 
 def _finding(rng: Random, stem: Path, images: int, *, unseen: bool) -> tuple[list[Message], Box]:
     """A conversation that asks for one object, and where it lies."""
     scenes = [sample_scene(rng, pairs="held_out" if unseen else "seen") for _ in range(images)]
+    paths = [stem.with_name(f"{stem.name}-{n}.png") for n in range(1, images + 1)]
+    for scene, path in zip(scenes, paths, strict=True):
+        render(scene).save(path)
     n = rng.randint(1, images)
     scene = scenes[n - 1]
     item = rng.choice([item for item in scene.items if item.look.held_out == unseen])
     phrase = describe(item, scene)
-    where = f" in image {n}" if images > 1 else ""
-    return _asking(scenes, f"Find the {phrase}{where}.", stem), item.box
-
-
-def _comparing(rng: Random, stem: Path) -> tuple[list[Message], str]:
-    """A conversation that compares images, and the name that answers it."""
-    scenes, prompt, completion, _ = compare_question(rng)
-    return _asking(scenes, prompt, stem), completion
-
-
-def _asking(scenes: Sequence[Scene], question: str, stem: Path) -> list[Message]:
-    """The scenes, drawn to files beside `stem`, and a question about them."""
-    paths = [stem.with_name(f"{stem.name}-{n}.png") for n in range(1, len(scenes) + 1)]
-    for scene, path in zip(scenes, paths, strict=True):
-        render(scene).save(path)
-    if len(paths) == 1:
-        return [Message("user", (paths[0], f"\n{question}"))]
+    if images == 1:
+        return [Message("user", (paths[0], f"\nFind the {phrase}."))], item.box
     parts: list[str | Path] = []
     for k, path in enumerate(paths, start=1):
         parts += [f"Image {k}: ", path, "\n"]
-    return [Message("user", (*parts[:-1], f"\n{question}"))]
+    return [Message("user", (*parts[:-1], f"\nFind the {phrase} in image {n}."))], item.box
 
 
 def _found(text: str, truth: Box) -> bool:

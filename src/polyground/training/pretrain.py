@@ -400,7 +400,6 @@ class Trainer:
                 naming=s.mix_naming,
                 several=s.mix_several,
                 choosing=s.mix_choosing,
-                comparing=s.mix_comparing,
                 text=s.mix_text,
             ),
         )

@@ -159,24 +159,6 @@ PRETRAINING: Mapping[str, tuple[str, ...]] = {
 }
 """Prompts for the base model's grounded pretraining, answered in its native form; none of them is one of the ten tasks."""
 
-COMPARISONS: Mapping[str, tuple[str, ...]] = {
-    "common_object": ("What do all images have?", "Name the object that is in every image."),
-    "diff": ("What is in image {n} and not in the other image?", "Name the object that only image {n} has."),
-    "marked": ("What is at {box} in image {n}?", "Name the object at {box} in the {nth} image."),
-    "correspondence": ("What in image {n} has the shape of the object at {box} in image 1?",),
-    "left": ("What is left of the {other} in image {n}?", "Name the object left of the {other}."),
-    "right": ("What is right of the {other} in image {n}?", "Name the object right of the {other}."),
-    "above": ("What is above the {other} in image {n}?", "Name the object above the {other}."),
-    "below": ("What is below the {other} in image {n}?", "Name the object below the {other}."),
-    "same_colour": ("What in image {n} has the colour of the object in image {k}?",),
-    "same_shape": ("What in image {n} has the shape of the object in image {k}?",),
-    "largest": ("What is the largest object in image {n}?", "Name the largest object in image {n}."),
-}
-"""The base's pretraining questions about several images that are answered by a name, never by a box: `{k}` is another image.
-
-Kept out of the corpus, so that the tokenizer, which is learned from it, does not hang on them.
-"""
-
 THINK_FIRST = "Think first, then answer."
 
 CONTENTS = "Image {n}: {phrases}."

@@ -1,7 +1,6 @@
 """Grounded questions for the base model's pretraining, answered in its native form; none of the ten tasks is among them.
 
-Scenes of one step are shared by its questions, so that each is drawn and seen once. Only comparisons have scenes of their own, as
-those have to go together: they are answered by a name, so that to locate what is compared is nothing the base was ever asked for.
+Scenes of one step are shared by its questions, so that each is drawn and seen once.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from polyground.geometry import PER_MILLE, Box
 from polyground.worlds import language
 from polyground.worlds.perception import PRACTICE_TASKS, about_scene
 from polyground.worlds.scenes import Item, Scene, describe, name, sample_scene
-from polyground.worlds.tasks import Draw, UnluckyError, ask
+from polyground.worlds.tasks import UnluckyError
 
 Named = tuple[tuple[str, int, Box], ...]
 
@@ -44,7 +43,6 @@ class Mix:
     several: float = 0.28
     naming: float = 0.0
     choosing: float = 0.0
-    comparing: float = 0.0
     text: float = 0.07
 
 
@@ -54,16 +52,6 @@ _NAME_ONE = ("What is in the image?", "Describe the image.")
 _FIND_IN = ("Find the {phrase} in image {n}.", "Locate the {phrase} in the {nth} image.")
 _LIST_IN = ("List every object in image {n}.", "List every object in the {nth} image.")
 _CONTENTS_ALL = ("What is in the images?", "Describe the images.", "What is in each image?")
-_COMPARED = {
-    "common_object": 0.15,
-    "diff": 0.2,
-    "view_diff": 0.2,
-    "object_tracking": 0.1,
-    "multi_view": 0.1,
-    "correspondence": 0.1,
-    "reasoning": 0.15,
-}
-"""Whose scenes are compared, and how often."""
 _WHICH = ("Which image has the {phrase}?", "Find which image shows the {phrase}.")
 
 
@@ -128,47 +116,16 @@ def _about_several(rng: Random, scenes: Sequence[Scene]) -> tuple[str, str, Name
     return f"What is in image {n}?", language.contents(n, [describe(item, scene) for item in scene.items]), _named(scene, n), n
 
 
-def compare_question(rng: Random) -> tuple[tuple[Scene, ...], str, str, Named]:
-    """Scenes that go together, a question about them that is answered by the name of one object, and that answer."""
-    task = rng.choices(tuple(_COMPARED), tuple(_COMPARED.values()))[0]
-    asked = ask(rng, task, Draw())
-    scenes = tuple(picture.scene for picture in asked.pictures)
-    n, item, phrase, named = asked.image, asked.item, asked.facts["phrase"], []
-    marked: Item | None = None
-    match task:
-        case "view_diff":
-            bank = "diff"
-        case "object_tracking" | "multi_view":
-            bank, n = "marked", rng.randint(1, len(scenes))
-            item = marked = rng.choice(scenes[n - 1].items)
-            phrase = describe(item, scenes[n - 1])
-        case "correspondence":
-            bank = task
-            marked = rng.choice([other for other in scenes[0].items if other.shape == asked.facts["shape"]])
-        case _:
-            bank = asked.facts["conclusion"]
-    box = json.dumps(list(PER_MILLE.write(marked.box))) if marked else ""
-    if marked:
-        named.append((box, n if bank == "marked" else 1, marked.box))
-    k = next((other for other in asked.looked_at if other != n), n)
-    other = asked.facts.get("other", "")
-    prompt = rng.choice(language.COMPARISONS[bank]).format(n=n, nth=language.ordinal(n), k=k, box=box, other=other)
-    return scenes, prompt, f"The {phrase}.", (*named, (phrase, n, item.box))
-
-
 def _named(scene: Scene, n: int) -> Named:
     return tuple((describe(item, scene), n, item.box) for item in scene.items)
 
 
 def sample_step(rng: Random, *, scenes: int, samples: int, mix: Mix) -> tuple[list[Scene], list[Sample]]:
-    """The scenes of one training step and the questions about them; no held-out colour-shape pair is drawn.
-
-    The scenes of comparisons come behind the `scenes` that the other questions share.
-    """
+    """The scenes of one training step and the questions about them; no held-out colour-shape pair is drawn."""
     drawn = [sample_scene(rng) for _ in range(scenes)]
     texts = language.corpus(rng)
     made = []
-    shares = {kind: getattr(mix, kind) for kind in ("listing", "finding", "naming", "several", "choosing", "comparing", "text")}
+    shares = {kind: getattr(mix, kind) for kind in ("listing", "finding", "naming", "several", "choosing", "text")}
     kinds = rng.choices(tuple(shares), tuple(shares.values()), k=samples)
     # Listing goes round the scenes, so that none of them is drawn for nothing.
     turn = 0
@@ -192,10 +149,6 @@ def sample_step(rng: Random, *, scenes: int, samples: int, mix: Mix) -> tuple[li
             case "choosing":
                 shown = rng.randrange(scenes)
                 made.append(Sample((shown,), *_choose_one(rng, drawn[shown])))
-            case "comparing":
-                own, prompt, completion, named = compare_question(rng)
-                made.append(Sample(tuple(range(len(drawn), len(drawn) + len(own))), prompt, completion, named))
-                drawn.extend(own)
             case "text":
                 made.append(Sample((), "", next(texts)))
     return drawn, made
