@@ -122,8 +122,9 @@ def test_the_studies_that_come_with_the_project_hold_good_recipes(name: str) -> 
     tests = recipes["full"].world
     assert tests.test >= 1000
     assert 4 * tests.ood >= 1000
-    # The same world for every arm, so the very same tests; and the same completions a step, whatever the size of a group.
-    assert all(recipe.world == tests for recipe in recipes.values())
+    # The same questions to be answered by every arm; and the same completions a step, whatever the size of a group.
+    asked = {"seed", "validation", "test", "ood", "perception"}
+    assert all(recipe.world.model_dump(include=asked) == tests.model_dump(include=asked) for recipe in recipes.values())
     assert len({recipe.grpo.num_generations * recipe.grpo.per_device_train_batch_size for recipe in recipes.values()}) == 1
 
 
