@@ -110,7 +110,7 @@ def test_boxes_are_read_on_the_declared_grid(tmp_path: Path, grid: str, numbers:
 
 
 def test_a_grid_is_never_guessed(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"rows\.json: .* option grid to one of per_mille .* pixels .* unit .* per_mille_yxyx"):
+    with pytest.raises(DataError, match=r"rows\.json: .* option grid .* to one of per_mille .* pixels .* unit .* per_mille_yxyx"):
         read(tmp_path, row('<answer>[{"image": 1, "bbox_2d": [0.1, 0.2, 0.5, 0.75]}]</answer>'), grid=None)
 
 
