@@ -100,7 +100,7 @@ def test_boxes_in_the_form_of_one_model_need_a_grid(folder: Path) -> None:
     plain = row("<image>Find the <|object_ref_start|>sheep<|object_ref_end|>", "<|box_start|>(100,200),(500,750)<|box_end|>")
     example = only(folder, plain, grid="per_mille")
     assert (example.question, example.target.boxes) == ("<image>Find the sheep", (Located(1, LEFT),))
-    with pytest.raises(DataError, match="option grid .* to one of"):
+    with pytest.raises(DataError, match=r"option grid .* to one of"):
         only(folder, plain)
 
 
