@@ -18,9 +18,8 @@ from typing import Any
 
 from PIL import Image
 
-from polyground.app.asking import Panel, Settings, entrants, world_examples
-from polyground.app.library import library_of, note_of
-from polyground.app.server import free_port, launch, require_gradio, scratch_folder
+from polyground.app import demo
+from polyground.app.server import free_port, launch
 from polyground.errors import PolygroundError
 
 ASSETS = Path(__file__).parents[1] / "docs" / "assets"
@@ -57,18 +56,9 @@ def main() -> None:
 @contextmanager
 def served(run: Path) -> Iterator[str]:
     """The page of `polyground demo --model RUN`, as long as it is looked at."""
-    with scratch_folder() as scratch:
-        require_gradio()
-        from polyground.app.page import build
-
-        page = build(
-            Panel(entrants(str(run), [])),
-            library_of(run, options={}, answers={}, scratch=scratch),
-            examples=world_examples(scratch / "world"),
-            settings=Settings(instruction=str(note_of(run, "prompts").get("instruction", ""))),
-            scratch=scratch,
-            first="ask",
-        )
+    parser = argparse.ArgumentParser()
+    demo.arguments(parser)
+    with demo.opened(parser.parse_args(["--model", str(run)])) as page:
         yield launch(page, port=free_port(None))
         page.close(verbose=False)
 

@@ -30,6 +30,7 @@ HEIGHTS = {
     "metrics": 4,
     "prompts": 4,
     "rewards": 4,
+    "runs": 4,
     "shards": 4,
     "sources": 4,
     "splits": 4,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,21 +21,17 @@ from polyground.errors import DataError, ModelError, StorageError
 from polyground.geometry import Box
 from polyground.prompts import student_messages
 from polyground.records import Example
-from polyground.storage import MANIFEST, read_manifest, require_whole
+from polyground.runs import ROLES, base_of, is_run, noted
+from polyground.storage import MANIFEST, require_whole
 from polyground.vision import check_images, contact_sheet, draw_boxes, image_size, load_image
 
 if TYPE_CHECKING:
     from polyground.models import Loaded
 
-ROLES = {"rl": "grpo-merged", "sft": "sft-merged", "base": None}
-"""The models of a run, the last first, and the folder of each; the base lies where the run's recipe said."""
-
 COLOURS = ("#e4572e", "#17789b", "#6a994e", "#8e4fa8", "#b8860b", "#d6336c")
 """Of the first box, the second, and so on round again."""
 
 _SIDE = 448
-_TRAINED = ("grpo", "sft")
-"""Stages that say how a model was asked while it was trained, the last first."""
 
 Picture = Path | str | Image.Image
 """An image file, or a picture in memory."""
@@ -241,56 +237,37 @@ class Told:
 
 
 def resolve(path: Path | str, role: str | None = None) -> tuple[Path | str, Told]:
-    """The model folder meant by a path, and how it is asked. No torch; raises ModelError or StorageError.
+    """The model folder meant by a path, and how it is asked. No torch; raises ModelError, StorageError, or DataError.
 
     A path is `tiny`, a model folder, or a run's folder, in which `role` chooses between base, SFT and RL.
     """
     if role is not None and role not in ROLES:
-        raise ModelError(f"role {role!r} is unknown; a run has {', '.join(reversed(ROLES))}")
+        raise ModelError(f"role {role!r} is unknown; a run has {', '.join(ROLES)}")
     folder = model_folder(path)
-    if str(path) == "tiny" or (folder / "config.json").is_file() or not _is_run(folder):
+    if str(path) == "tiny" or not is_run(folder):
         if role is not None:
             raise ModelError(f"{path}: is no folder of a run, so that it has no role {role!r}; leave `role` out")
         merged = folder.name in ROLES.values() and (folder / MANIFEST).is_file()
-        return path, _told(folder.parent, _config_of(folder)) if merged else Told()
+        return path, _told(folder.parent) if merged else Told()
     if role == "base":
-        base, config = _base_of(folder)
-        return base, Told(max_pixels_total=_budget(config))
-    there = [name for name in ROLES.values() if name is not None and (folder / name / MANIFEST).is_file()]
+        if (base := base_of(folder)) is None:
+            raise StorageError(f"{folder}: no stage says yet which base it starts from; name the base's own folder")
+        return base, Told(max_pixels_total=_budget(folder))
+    there = [name for name in reversed(ROLES.values()) if name is not None and (folder / name / MANIFEST).is_file()]
     wanted = ROLES[role] if role is not None else there[0] if there else None
     if wanted is None or wanted not in there:
         which = f"no {role} model" if role else "no merged model"
         raise StorageError(f"{folder}: has {which} yet; run `polyground merge` with its recipe, or choose role='base'")
     require_whole(folder / wanted)
-    return folder / wanted, _told(folder, _config_of(folder / wanted))
+    return folder / wanted, _told(folder)
 
 
-def _is_run(folder: Path) -> bool:
-    return any(
-        (folder / name).is_dir() for name in (*_TRAINED, *filter(None, ROLES.values()), "evaluate", "synthesize", "reject")
-    )
+def _told(run: Path) -> Told:
+    return Told(str(noted(run, "prompts").get("instruction", "")), _budget(run))
 
 
-def _base_of(run: Path) -> tuple[str, Mapping[str, Any]]:
-    for name in ("sft-merged", "grpo-merged", *_TRAINED, "evaluate/base"):
-        if (run / name / MANIFEST).is_file() and (model := _config_of(run / name).get("model")):
-            return str(model["path"]), {"model": model}
-    raise StorageError(f"{run}: no stage says yet which base it starts from; name the base's own folder")
-
-
-def _config_of(folder: Path) -> Mapping[str, Any]:
-    return read_manifest(folder).config
-
-
-def _told(run: Path, config: Mapping[str, Any]) -> Told:
-    for stage in _TRAINED:
-        if (run / stage / MANIFEST).is_file() and (prompts := _config_of(run / stage).get("prompts")):
-            return Told(str(prompts.get("instruction", "")), _budget(config))
-    return Told(max_pixels_total=_budget(config))
-
-
-def _budget(config: Mapping[str, Any]) -> int | None:
-    budget = (config.get("model") or {}).get("max_pixels_total")
+def _budget(run: Path) -> int | None:
+    budget = noted(run, "model").get("max_pixels_total")
     return None if budget is None else int(budget)
 
 

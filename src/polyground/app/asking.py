@@ -16,7 +16,6 @@ from threading import Event
 from typing import Any
 
 from polyground.answer import Answer, Located, Unreadable, read_answer
-from polyground.app.library import base_of, is_run, note_of
 from polyground.config import WorldConfig
 from polyground.conventions import model_folder, read_config
 from polyground.errors import DataError, ModelError
@@ -26,8 +25,8 @@ from polyground.imagefile import problem_of
 from polyground.prompts import student_messages
 from polyground.records import Example, Score
 from polyground.rewards import Scorer
+from polyground.runs import ROLES, base_of, is_run, noted
 from polyground.sources import read_source
-from polyground.stages import ROLES
 from polyground.stages.report.pictures import LABELS
 from polyground.worlds.build import build_world
 
@@ -117,8 +116,7 @@ def _of_path(path: str) -> list[Entrant]:
 
 
 def _of_run(run: Path) -> list[Entrant]:
-    model = note_of(run, "model")
-    pixels = model.get("max_pixels_total")
+    pixels = noted(run, "model").get("max_pixels_total")
     base = base_of(run)
     places = {role: None if folder is None else run / folder for role, folder in ROLES.items()}
     found = []

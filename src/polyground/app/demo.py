@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from polyground.app.asking import Panel, Settings, entrants, world_examples
-from polyground.app.library import is_run, library_of, note_of
+from polyground.app.library import library_of
 from polyground.app.server import require_gradio, scratch_folder, serve
+from polyground.runs import is_run, noted
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,6 +38,14 @@ def add_page_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> str:
     """Check what is asked for, then serve the page until it is interrupted; of a run, its rows are a second tab."""
+    with opened(options) as page:
+        serve(page, port=options.port, opens_browser=not options.no_open, what="polyground demo")
+    return ""
+
+
+@contextmanager
+def opened(options: argparse.Namespace) -> Iterator[Any]:
+    """The page, not served yet; what it writes goes when it is left."""
     found = entrants(options.model, options.compare)
     require_gradio()
     with scratch_folder() as scratch:
@@ -43,7 +55,7 @@ def run(options: argparse.Namespace) -> str:
             library = library_of(run_folder, options={}, answers={}, scratch=scratch)
         from polyground.app.page import build
 
-        page = build(
+        yield build(
             Panel(found, dtype=options.dtype),
             library,
             examples=world_examples(scratch / "world"),
@@ -51,8 +63,6 @@ def run(options: argparse.Namespace) -> str:
             scratch=scratch,
             first="ask",
         )
-        serve(page, port=options.port, opens_browser=not options.no_open, what="polyground demo")
-    return ""
 
 
 def instruction_for(options: argparse.Namespace) -> str:
@@ -61,4 +71,4 @@ def instruction_for(options: argparse.Namespace) -> str:
         return str(options.instruction)
     folder = Path(options.model)
     # A merged model lies in the folder of its run.
-    return str(next((note for run in (folder, folder.parent) if (note := note_of(run, "prompts").get("instruction"))), ""))
+    return str(next((note for run in (folder, folder.parent) if (note := noted(run, "prompts").get("instruction"))), ""))

@@ -15,16 +15,14 @@ from polyground.app.rows import AnswerShelf, Examples, QuestionShelf, Said, Shel
 from polyground.config import Recipe, load_recipe
 from polyground.errors import DataError, UsageError
 from polyground.records import Completion, Example, Rollout, Score
+from polyground.runs import ROLES, is_run
 from polyground.sources import BadRow, scan_source
-from polyground.stages import ROLES, benchmark_rows, own_splits, read_split
-from polyground.storage import MANIFEST, atomic_write_rows, read_json
+from polyground.stages import benchmark_rows, own_splits, read_split
+from polyground.storage import atomic_write_rows, read_json
 from polyground.worlds.build import SPLITS, annotation_path
 
 THRESHOLD = 0.5
 """IoU from which an answer is right, where a run does not say."""
-
-RUN_FOLDERS = ("world", "synthesize", "reject", "grpo", "evaluate", *(name for name in ROLES.values() if name))
-"""A folder with one of these is a run's."""
 
 
 class Library:
@@ -55,11 +53,6 @@ class Library:
             if name not in self._shelves:
                 self._shelves[name] = self._builders[name]()
             return self._shelves[name]
-
-
-def is_run(path: Path) -> bool:
-    """Whether this is the folder of a run, rather than of a model or of data."""
-    return path.is_dir() and not (path / "config.json").exists() and any((path / name).is_dir() for name in RUN_FOLDERS)
 
 
 def library_of(
@@ -325,26 +318,3 @@ class _Questions:
             return image
         tails = (self._run / Path(*image.parts[start:]) for start in range(1, len(image.parts)))
         return next((path for path in tails if path.exists()), image)
-
-
-def base_of(run: Path) -> str | None:
-    """The model that the run started from, as its stages noted it; None where none has begun."""
-    for folder in ("sft", "evaluate/base", "reject", "grpo", "evaluate/sft", "evaluate/rl"):
-        for name in (MANIFEST, "state.json"):
-            path = run / folder / name
-            if path.is_file():
-                model = read_json(path).get("config", {}).get("model", {})
-                if isinstance(model, Mapping) and model.get("path"):
-                    return str(model["path"])
-    return None
-
-
-def note_of(run: Path, section: str) -> Mapping[str, Any]:
-    """A section (`prompts`, `model`) as the first stage that noted it had it."""
-    for folder in ("sft", "evaluate/base", "reject", "grpo"):
-        path = run / folder / "state.json"
-        if path.is_file():
-            found = read_json(path).get("config", {}).get(section)
-            if isinstance(found, Mapping):
-                return found
-    return {}

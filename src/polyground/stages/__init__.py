@@ -25,6 +25,7 @@ from polyground.errors import ConfigError, DataError, SplitError, StorageError
 from polyground.geometry import Grid
 from polyground.imagefile import problem_of
 from polyground.records import Example, Message
+from polyground.runs import ROLES
 from polyground.shards import Shard, gather, parse_shard, part_folder, part_identity
 from polyground.sources import ABOUT_ROWS, SOURCES, BadRow, Item, chosen, read_source, scan_source
 from polyground.sources.reading import require_none_bad
@@ -33,12 +34,10 @@ from polyground.worlds.build import CHOICE, SCENES, SPLITS, WORLD_VERSION, annot
 
 if TYPE_CHECKING:
     from polyground.benchmarks import Annotation
+    from polyground.models import Loaded
     from polyground.rewards import Scorer
     from polyground.rollout import Ask
     from polyground.sampling import Sampler
-
-ROLES = {"base": None, "sft": "sft-merged", "rl": "grpo-merged"}
-"""The three models of the figure, and the folder (under `recipe.out`) each is read from; the base comes with the recipe."""
 
 VERBS = {"sft-merged": "merge", "grpo-merged": "merge"}
 """The verb that makes a folder, where it is not called like it."""
@@ -80,6 +79,15 @@ def model_path(recipe: Recipe, role: str) -> Path | str:
     if folder is None:
         return recipe.model.path
     return require(recipe, folder)
+
+
+def open_model(recipe: Recipe, role: str) -> Loaded:
+    """The model of this role on the best device here. Says that it is opened, which takes minutes where it is large."""
+    from polyground.models import best_device, load_model
+
+    path, device = model_path(recipe, role), best_device()
+    say(f"opening {path} on {device}")
+    return load_model(path, dtype=recipe.model.dtype, max_pixels_total=recipe.model.max_pixels_total, device=device)
 
 
 def model_identity(recipe: Recipe) -> dict[str, Any]:
@@ -166,14 +174,11 @@ def model_version(recipe: Recipe, role: str) -> str:
 
 
 def _loaded_student(recipe: Recipe, role: str) -> Student:
-    from polyground.models import best_device, load_model
     from polyground.prompts import student_messages
     from polyground.rewards import Scorer
     from polyground.sampling.local import LocalSampler
 
-    loaded = load_model(
-        model_path(recipe, role), dtype=recipe.model.dtype, max_pixels_total=recipe.model.max_pixels_total, device=best_device()
-    )
+    loaded = open_model(recipe, role)
 
     def ask(example: Example) -> tuple[Sequence[Message], Sequence[Grid]]:
         grids = loaded.family.grids(example.images)

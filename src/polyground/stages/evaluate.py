@@ -36,8 +36,8 @@ from polyground.metrics import outcomes, paired_difference, summarize
 from polyground.prompts import INSTRUCTIONS, PROMPT_VERSION, student_messages
 from polyground.records import Example, Rollout
 from polyground.rollout import Ask, rollout_groups
+from polyground.runs import ROLES
 from polyground.stages import (
-    ROLES,
     Student,
     benchmark_rows,
     evaluation_splits,

@@ -26,7 +26,8 @@ from polyground.exports import read_image
 from polyground.imagefile import image_size
 from polyground.predictions import IMAGES, LAYOUTS, Asked, Picture, coco, fiftyone, hub, label_studio, supervision
 from polyground.records import Example, Rollout
-from polyground.stages import ROLES, benchmark_rows, model_path, read_split
+from polyground.runs import ROLES
+from polyground.stages import benchmark_rows, model_path, read_split
 from polyground.storage import (
     LOCK,
     MANIFEST,

@@ -20,6 +20,7 @@ from polyground.stages import (
     model_identity,
     model_path,
     model_version,
+    open_model,
     require_images,
     stage_folder,
     start_folders,
@@ -50,16 +51,10 @@ def run(recipe: Recipe) -> Mapping[str, Any]:
         kept = recipe.out / "reject" / "kept.jsonl"
         rows = list(read_rows(kept))
         require_images(rows, kept)
-        from polyground.models import best_device, load_model
         from polyground.rewards import Scorer
         from polyground.training.grpo import train_grpo
 
-        loaded = load_model(
-            model_path(recipe, recipe.grpo.start),
-            dtype=recipe.model.dtype,
-            max_pixels_total=recipe.model.max_pixels_total,
-            device=best_device(),
-        )
+        loaded = open_model(recipe, recipe.grpo.start)
 
         def ask(example: Example) -> tuple[Sequence[Message], Sequence[Grid]]:
             grids = loaded.family.grids(example.images)

@@ -10,7 +10,7 @@ from polyground.config import PromptConfig, Recipe
 from polyground.prompts import PROMPT_VERSION, student_messages
 from polyground.records import Example, answer_from_json
 from polyground.shards import launched_processes
-from polyground.stages import model_identity, model_path, require_images, stage_folder, upstream
+from polyground.stages import model_identity, open_model, require_images, stage_folder, upstream
 from polyground.storage import read_rows
 
 if TYPE_CHECKING:
@@ -34,15 +34,9 @@ def run(recipe: Recipe) -> Mapping[str, Any]:
         kept = recipe.out / "synthesize" / "kept.jsonl"
         rows = list(read_rows(kept))
         require_images(rows, kept)
-        from polyground.models import best_device, load_model
         from polyground.training.sft import train_sft
 
-        loaded = load_model(
-            model_path(recipe, "base"),
-            dtype=recipe.model.dtype,
-            max_pixels_total=recipe.model.max_pixels_total,
-            device=best_device(),
-        )
+        loaded = open_model(recipe, "base")
         lessons = [_lesson(row, loaded.family, recipe.prompts) for row in rows]
         summary = train_sft(loaded, lessons, recipe.sft, out=folder.path, seed=recipe.seed)
         return folder.finish({**summary, "seconds": folder.seconds}).summary

@@ -103,8 +103,8 @@ def boards_of(callbacks: Sequence[Any]) -> list[Board]:
     """One board for each logger among a trainer's callbacks that takes pictures."""
     kinds: dict[str, Callable[[Any], Board]] = {
         "TensorBoardCallback": TensorBoard,
-        "WandbCallback": WeightsAndBiases,
-        "TrackioCallback": Trackio,
+        "WandbCallback": lambda callback: TablesAndImages(callback._wandb),
+        "TrackioCallback": lambda callback: TablesAndImages(callback._trackio),
         "SwanLabCallback": SwanLab,
     }
     found = ((callback, kinds.get(type(callback).__name__)) for callback in callbacks)
@@ -200,28 +200,16 @@ class TensorBoard:
             writer.add_text(f"{name}/answers", f"{_cell(caption)}\n\n{markdown(table)}", step)
 
 
-class WeightsAndBiases:
-    """As an Image and a Table of the run."""
+class TablesAndImages:
+    """As an Image and a Table of the run, by Weights & Biases or by Trackio, which takes the same calls."""
 
-    def __init__(self, callback: Any) -> None:
-        self._wandb = callback._wandb
-
-    def show(self, name: str, sheet: Image.Image, caption: str, table: Answers, step: int) -> None:
-        rows = self._wandb.Table(columns=list(table.header), data=_texts(table))
-        shown = {f"{name}/images": self._wandb.Image(sheet, caption=caption), f"{name}/answers": rows}
-        self._wandb.log({**shown, "train/global_step": step})
-
-
-class Trackio:
-    """As an Image and a Table of the run."""
-
-    def __init__(self, callback: Any) -> None:
-        self._trackio = callback._trackio
+    def __init__(self, library: Any) -> None:
+        self._library = library
 
     def show(self, name: str, sheet: Image.Image, caption: str, table: Answers, step: int) -> None:
-        rows = self._trackio.Table(columns=list(table.header), data=_texts(table))
-        shown = {f"{name}/images": self._trackio.Image(sheet, caption=caption), f"{name}/answers": rows}
-        self._trackio.log({**shown, "train/global_step": step})
+        rows = self._library.Table(columns=list(table.header), data=_texts(table))
+        shown = {f"{name}/images": self._library.Image(sheet, caption=caption), f"{name}/answers": rows}
+        self._library.log({**shown, "train/global_step": step})
 
 
 class SwanLab:

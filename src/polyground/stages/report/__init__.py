@@ -28,7 +28,8 @@ from polyground.metrics import Estimate
 from polyground.outcomes import Kind, explained
 from polyground.records import Example, Rollout
 from polyground.rollout import is_right
-from polyground.stages import ROLES, benchmark_rows, read_split
+from polyground.runs import ROLES, STAGES
+from polyground.stages import benchmark_rows, read_split
 from polyground.stages.report.answers import (
     Asked,
     Facet,
@@ -61,9 +62,6 @@ HEADINGS = {"test": "Multi-image grounding, in domain", "ood": "Grounding, out o
 
 SHORT_HEADINGS = {"test": "in domain", "ood": "out of domain", "perception": "perception"}
 """The same on a tab."""
-
-STAGES = ("world", "synthesize", "sft", "sft-merged", "reject", "grpo", "grpo-merged", *(f"evaluate/{role}" for role in ROLES))
-"""Folders of a run, in the order they are made."""
 
 DROPPED = {"tells": "says that it knew the answer", "coordinates": "spells out coordinates"}
 """Why a teacher's attempt was left out, where the name of the reason does not say it."""

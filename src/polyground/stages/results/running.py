@@ -20,16 +20,14 @@ from rich.console import Console
 import polyground
 from polyground.config import Recipe, dump_recipe
 from polyground.errors import visible
-from polyground.stages import ROLES, aligned, model_identity
+from polyground.runs import STAGES
+from polyground.stages import aligned, model_identity
 from polyground.stages.results.study import Arm, Study, recipe_of
 from polyground.storage import MANIFEST, atomic_write_json, atomic_write_text, read_json, read_manifest, read_rows
 
 MADE = "made.json"
 """In a run's folder: by which commits, on which machine it was made, and the recipe it was finished with."""
 RECIPE, LOG = "recipe.yaml", "run.log"
-
-STAGES = ("world", "synthesize", "sft", "sft-merged", "reject", "grpo", "grpo-merged", *(f"evaluate/{role}" for role in ROLES))
-"""Folders of a run, in the order they are made."""
 
 INTERRUPTED = 130
 

@@ -15,7 +15,6 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from polyground.config import Recipe, Section, explain, load_recipe, read_yaml
 from polyground.errors import ConfigError
 
-ROLES = ("base", "sft", "rl")
 PAIRS = ("rl-sft", "rl-base", "sft-base")
 """Differences told, second minus first as in `rl-sft`: RL minus SFT."""
 

@@ -13,8 +13,9 @@ from typing import Any
 from polyground import __version__
 from polyground.errors import DataError
 from polyground.metrics import Outcomes, across_seeds, difference_across_seeds, pooled
+from polyground.runs import ROLES
 from polyground.stages.results.running import Run, runs_of
-from polyground.stages.results.study import PAIRS, ROLES, Study, Target
+from polyground.stages.results.study import PAIRS, Study, Target
 from polyground.storage import read_json
 
 LABELS = {"base": "base", "sft": "SFT", "rl": "RL"}
