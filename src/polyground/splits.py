@@ -87,12 +87,17 @@ def require_no_leaks(splits: Mapping[str, Sequence[Example]], *, hashes: ImageHa
                 raise DataError(f"splits {first!r} and {second!r} share {len(leaks)} images; drop them with without_leaks{shown}")
 
 
+def shown_in(examples: Iterable[Shows], *, hashes: ImageHashes) -> frozenset[str]:
+    """The hashes of all images of these examples."""
+    return frozenset(hashes.of(image) for example in examples for image in example.images)
+
+
 def without_leaks(
     examples: Iterable[Example], held_out: Iterable[Example], *, hashes: ImageHashes | None = None
 ) -> list[Example]:
     """The examples that show no image of `held_out`, in their order."""
     hashes = hashes or ImageHashes()
-    barred = {hashes.of(image) for example in held_out for image in example.images}
+    barred = shown_in(held_out, hashes=hashes)
     return [example for example in examples if not any(hashes.of(image) in barred for image in example.images)]
 
 

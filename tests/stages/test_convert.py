@@ -157,6 +157,40 @@ def test_missing_images_are_bad_rows_when_asked_for(folder: Path, capsys: pytest
     assert convert("mig_bench", path, *words) == 0
 
 
+# ---------------------------------------------------------------- rows without a benchmark's images
+
+
+def test_rows_that_show_an_image_of_a_benchmark_are_dropped_and_counted(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # The benchmark's picture has another name, and one of its own rows is bad.
+    (folder / "bench").mkdir()
+    Image.new("RGB", (50, 60), "red").save(folder / "c.png")
+    (folder / "bench" / "copy.png").write_bytes((folder / "c.png").read_bytes())
+    shown = {**mig(1), "images": ["./copy.png", "./copy.png"]}
+    write_json(folder / "bench" / "bench.json", [shown, mig(1, answer=[0.5, 0.5, 0.2, 0.9])])
+    path = write_json(folder / "mine.json", [mig(1), {**mig(2), "images": ["./a.png", "./c.png"]}])
+    words = ("--to", "polyground", "--out", folder / "out.jsonl", "--without", f"mig_bench:{folder / 'bench' / 'bench.json'}")
+    assert convert("mig_bench", path, *words) == 0
+    assert [row["images"][1] for row in lines(folder / "out.jsonl")] == ["b.png"]
+    said = capsys.readouterr().out
+    assert "read      2 rows" in said
+    assert "dropped   1 rows that show an image of mig_bench:" in said
+
+    write_json(path, [{**mig(1), "images": ["./a.png", "./c.png"]}])
+    assert convert("mig_bench", path, *words, "--force") == 2
+    assert "every good row shows an image of 1 mig_bench:" in capsys.readouterr().err
+
+
+def test_an_image_that_is_not_there_cannot_be_compared(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bench = write_json(folder / "bench.json", [{**mig(1), "images": ["./c.png", "./c.png"]}])
+    path = write_json(folder / "mine.json", [mig(1), {**mig(1), "images": ["./a.png", "./gone.png"]}])
+    words = ("--to", "polyground", "--out", folder / "out.jsonl", "--without", f"mig_bench:{bench}")
+    assert convert("mig_bench", path, *words) == 2
+    assert "1 missing_image" in capsys.readouterr().err
+    write_json(bench, [{**mig(1), "images": ["./gone.png", "./c.png"]}])
+    assert convert("mig_bench", path, *words, "--force") == 2
+    assert "gone.png: image cannot be read" in capsys.readouterr().err
+
+
 # ---------------------------------------------------------------- grids
 
 

@@ -199,7 +199,10 @@ def test_the_splits_of_a_recipe_are_compared_with_one_another(tmp_path: Path, ca
     assert "test 0 0" in lines
     assert "ood_ood 0 1" in lines
     # Two training splits may share images.
-    assert lines[-3:-1] == ["TO MEND before training (1):", "rl and ood_ood share 1 image; drop the rows from rl"]
+    assert lines[-3:-1] == [
+        "TO MEND before training (1):",
+        "rl and ood_ood share 1 image; drop the rows from rl (convert --without)",
+    ]
 
 
 # ---------------------------------------------------------------- tokens and memory

@@ -21,7 +21,7 @@ import yaml
 
 from polyground.config import DataSource, Recipe, Sampling
 from polyground.conventions import load_convention, model_folder
-from polyground.errors import ConfigError, DataError, SplitError, StorageError
+from polyground.errors import ConfigError, DataError, SplitError, StorageError, UsageError
 from polyground.geometry import Grid
 from polyground.imagefile import problem_of
 from polyground.records import Example, Message
@@ -391,6 +391,15 @@ def source_options(source: str, words: Sequence[str]) -> dict[str, Any]:
         wants_text = key in known and str(known[key].annotation).startswith("str")
         options[key] = text if wants_text and not isinstance(value, bool | list | dict | None) else value
     return options
+
+
+def named_source(flag: str, word: str) -> DataSource:
+    """`SOURCE:PATH[,KEY=VALUE…]` of a command line. Raises UsageError for another form or an unknown source."""
+    source, colon, rest = word.partition(":")
+    path, *options = rest.split(",")
+    if not colon or source not in SOURCES:
+        raise UsageError(f"{flag} {word}: write SOURCE:PATH, as in mig_bench:MIG_data.json; sources: {', '.join(SOURCES)}")
+    return DataSource(source=source, path=Path(path), options=source_options(source, options))
 
 
 def split_identity(recipe: Recipe, split: str) -> Any:

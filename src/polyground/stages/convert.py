@@ -28,7 +28,8 @@ from polyground.imagefile import ImageError, check_image, image_size
 from polyground.records import Example
 from polyground.sources import SOURCES, Item, scan_source
 from polyground.sources.reading import NAMED, BadRow, RowError, current_row
-from polyground.stages import source_options
+from polyground.splits import ImageHashes, shown_in
+from polyground.stages import named_source, source_options
 from polyground.storage import atomic_write_json, read_json
 
 INFO = "dataset_info.json"
@@ -88,6 +89,13 @@ def arguments(parser: argparse.ArgumentParser, *, source: str | None = None, fur
         "--quarantine", type=Path, metavar="FILE", help="where to set bad rows aside (default: FILE.quarantine.jsonl)"
     )
     parser.add_argument("--check-images", action="store_true", help="a row whose image file does not exist is a bad row")
+    parser.add_argument(
+        "--without",
+        action="append",
+        default=[],
+        metavar="SOURCE:PATH[,KEY=VALUE]",
+        help="drop rows that show an image of these, such as a benchmark; images are compared by their bytes; repeatable",
+    )
     parser.add_argument("--limit", type=int, metavar="N", help="stop after so many rows")
     parser.add_argument("--force", action="store_true", help="replace files that exist")
 
@@ -101,7 +109,9 @@ def run(options: argparse.Namespace) -> str:
         aside = None if plan.quarantine is None else files.enter_context(_NewFile(plan.quarantine))
         for item in plan.items():
             found = plan.convert(item)
-            if isinstance(found, _Left):
+            if isinstance(found, _Dropped):
+                report.dropped[found.owner] += 1
+            elif isinstance(found, _Left):
                 report.left_out(found)
                 if aside is not None:
                     aside.write(found.to_json())
@@ -136,6 +146,9 @@ class _Plan:
     """What image names are relative to."""
     check_images: bool
     limit: int | None
+    without: Mapping[str, frozenset[str]]
+    """Hashes of images whose rows are dropped, by who shows them."""
+    hashes: ImageHashes
 
     @property
     def format(self) -> Format:
@@ -144,16 +157,29 @@ class _Plan:
     def items(self) -> Iterator[Item]:
         return islice(scan_source(self.source, self.path, **self.options), self.limit)
 
-    def convert(self, item: Item) -> _Written | _Left:
+    def convert(self, item: Item) -> _Written | _Left | _Dropped:
         if isinstance(item, BadRow):
             return _Left(item.row, item.key, item.reason, item.detail)
         try:
+            if (owner := self._owner(item)) is not None:
+                return _Dropped(owner)
             if self.check_images:
                 for image in item.images:
                     _require_image(image)
             return _Written(item, write_row(self.to, item, self._grids(item), self.style))
         except (RowError, ImageError) as error:
             return _Left(current_row(), item.key, error.reason, str(error), item)
+
+    def _owner(self, example: Example) -> str | None:
+        """Who of `without` shows an image of this example, too."""
+        if not self.without:
+            return None
+        for image in example.images:
+            _require_image(image)
+            for name, barred in self.without.items():
+                if self.hashes.of(image) in barred:
+                    return name
+        return None
 
     def _grids(self, example: Example) -> list[Grid]:
         """One per image; images are opened only where the numbers of a box depend on their size."""
@@ -198,6 +224,7 @@ def _plan(options: argparse.Namespace) -> _Plan:
         if path is not None and path.exists() and not options.force:
             raise StorageError(f"{path} exists; choose another name, or add --force to replace it")
     grid, convention = _grid_of(options, form)
+    hashes = ImageHashes()
     plan = _Plan(
         source=options.source,
         path=options.path,
@@ -216,10 +243,19 @@ def _plan(options: argparse.Namespace) -> _Plan:
         ),
         check_images=options.check_images,
         limit=options.limit,
+        without={word: _shown_in(word, hashes) for word in options.without},
+        hashes=hashes,
     )
     if form.registered:
         _require_registrable(out, force=options.force)
     return plan
+
+
+def _shown_in(word: str, hashes: ImageHashes) -> frozenset[str]:
+    """Of the rows that can be read; a benchmark's own bad rows show nothing that it could be asked about."""
+    file = named_source("--without", word)
+    items = scan_source(file.source, str(file.path), **file.options)
+    return shown_in((item for item in items if not isinstance(item, BadRow)), hashes=hashes)
 
 
 def _grid_of(options: argparse.Namespace, form: Format) -> tuple[str | None, Convention | None]:
@@ -260,6 +296,13 @@ class _Written:
 
 
 @dataclass(frozen=True, slots=True)
+class _Dropped:
+    """A row that shows an image of `--without`."""
+
+    owner: str
+
+
+@dataclass(frozen=True, slots=True)
 class _Left:
     """A row that was not converted: refused by the reader, or an example that the format cannot hold."""
 
@@ -288,6 +331,8 @@ class _Report:
     absolute: int = 0
     """Rows with an image outside the folder that image names are relative to."""
     reasons: Counter[str] = field(default_factory=Counter)
+    dropped: Counter[str] = field(default_factory=Counter)
+    """Rows that show an image of `--without`, by whose."""
     first: list[_Left] = field(default_factory=list)
 
     def wrote(self, example: Example, row: Mapping[str, Any]) -> None:
@@ -313,18 +358,22 @@ class _Report:
             )
         if not self.written:
             why = f"all {bad} rows are bad ({_listed(self.reasons)})" if bad else "it holds no row"
+            if self.dropped:
+                why = f"every good row shows an image of {_listed(self.dropped)}"
             raise DataError(f"{plan.path}: {why}; nothing was written{named}")
 
     def text(self, plan: _Plan) -> str:
         """For a terminal: rows read, written and left out, each with its reason."""
         bad = self.reasons.total()
         lines = [
-            f"read      {self.written + bad} rows of {plan.path} ({plan.source})",
+            f"read      {self.written + bad + self.dropped.total()} rows of {plan.path} ({plan.source})",
             f"written   {self.written} rows to {plan.out} ({plan.to})",
             f"left out  {bad}" + (f" ({_listed(self.reasons)}), see {plan.quarantine}" if bad else ""),
             f"tasks     {_listed(self.tasks, most=_SHOWN)}",
             f"images    {', '.join(f'{count} rows with {images}' for images, count in sorted(self.images.items()))}",
         ]
+        for name, count in self.dropped.items():
+            lines.append(f"dropped   {count} rows that show an image of {name}")
         if self.absolute:
             lines.append(
                 f"paths     {self.absolute} rows name images outside {plan.root} by absolute path: "

@@ -33,7 +33,7 @@ from polyground.records import Example
 from polyground.sources import SOURCES, BadRow
 from polyground.sources.reading import NAMED, current_row
 from polyground.splits import ImageHashes, Leak, find_leaks
-from polyground.stages import aligned, own_splits, scan_file, source_options, split_files, track, world_splits
+from polyground.stages import aligned, named_source, own_splits, scan_file, source_options, split_files, track, world_splits
 from polyground.tokens import PromptCounter
 from polyground.worlds.build import CHOICE
 
@@ -193,12 +193,8 @@ def _convention(model: str, budget: int | None, not_there: list[str]) -> Convent
 def _benchmarks(words: Sequence[str]) -> dict[str, list[DataSource]]:
     benchmarks: dict[str, list[DataSource]] = {}
     for word in words:
-        source, colon, rest = word.partition(":")
-        path, *options = rest.split(",")
-        if not colon or source not in SOURCES:
-            raise UsageError(f"--against {word}: write SOURCE:PATH, as in mig_bench:MIG_data.json; sources: {', '.join(SOURCES)}")
-        file = DataSource(source=source, path=Path(path), options=source_options(source, options))
-        name = f"{source}:{file.path.name}"
+        file = named_source("--against", word)
+        name = f"{file.source}:{file.path.name}"
         benchmarks[name if name not in benchmarks else word] = [file]
     return benchmarks
 
@@ -493,7 +489,9 @@ class _Report:
                 lines.append(f"{split.name}: {unknown} cannot be read, so it is not known whether training shares them")
         for (first, second), leaks in self.leaks.items():
             if leaks:
-                lines.append(f"{first} and {second} share {_many(len(leaks), 'image')}; drop the rows from {first}")
+                lines.append(
+                    f"{first} and {second} share {_many(len(leaks), 'image')}; drop the rows from {first} (convert --without)"
+                )
         for name, lengths in self.lengths.items():
             if lengths.too_thin:
                 lines.append(f"{name}: {_many(len(lengths.too_thin), 'row')} with an image too thin for the model; crop it")
