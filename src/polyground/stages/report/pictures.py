@@ -243,18 +243,20 @@ def _panel(path: Path, boxes: Sequence[tuple[str, Box]], *, side: int) -> Image.
     image = load_image(path)
     panel = image.resize((round(image.width * side / image.height), side), Image.Resampling.LANCZOS)
     draw, font = ImageDraw.Draw(panel), ImageFont.load_default(size=20)
-    for model, box in boxes:
-        drawn = place_box(model, box, panel.width // 2, side // 2)
-        x, y, plate_x, plate_y = (2 * n for n in (drawn.x, drawn.y, drawn.label_x, drawn.label_y))
+    placed = [place_box(model, box, panel.width // 2, side // 2) for model, box in boxes]
+    for drawn in placed:
+        x, y = 2 * drawn.x, 2 * drawn.y
         corners = (x, y, x + 2 * drawn.width, y + 2 * drawn.height)
         # The annotation lies under the answers, so it is drawn wider: a box that agrees with it leaves a green rim.
-        rim = 6 if model == "truth" else 0
+        rim = 6 if drawn.model == "truth" else 0
         outer = (corners[0] - rim, corners[1] - rim, corners[2] + rim, corners[3] + rim)
         draw.rectangle((outer[0] - 2, outer[1] - 2, outer[2] + 2, outer[3] + 2), outline="white", width=8 + rim)
-        draw.rectangle(outer, outline=PAINT[model], width=4 + rim)
-        plate = (plate_x, plate_y, plate_x + 2 * drawn.label_width, plate_y + 28)
-        draw.rounded_rectangle(plate, radius=5, fill=PAINT[model])
-        draw.text(((plate[0] + plate[2]) / 2, plate_y + 14), LABELS[model], fill="white", font=font, anchor="mm")
+        draw.rectangle(outer, outline=PAINT[drawn.model], width=4 + rim)
+    # No box runs over a label.
+    for drawn in placed:
+        x, y, width = 2 * drawn.label_x, 2 * drawn.label_y, 2 * drawn.label_width
+        draw.rounded_rectangle((x, y, x + width, y + 28), radius=5, fill=PAINT[drawn.model])
+        draw.text((x + width / 2, y + 14), LABELS[drawn.model], fill="white", font=font, anchor="mm")
     return panel
 
 
