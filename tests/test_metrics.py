@@ -4,6 +4,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
+from polyground.answer import Answer
 from polyground.errors import DataError
 from polyground.metrics import (
     across_seeds,
@@ -12,6 +13,7 @@ from polyground.metrics import (
     paired_difference,
     pass_rates,
     pooled,
+    same_letter,
     summarize,
 )
 from polyground.records import Completion, Rollout, Score
@@ -71,6 +73,20 @@ def test_unreadable_rates_are_given_by_reason() -> None:
     assert summary.tasks["region"].unreadable_rate == 0.5
     assert summary.macro.unreadable == {"inverted": 0.125, "missing": 0.125}
     assert summary.micro.unreadable == pytest.approx({"inverted": 0.2, "missing": 0.2})
+
+
+def test_letters_are_counted_and_one_that_is_always_said_is_found() -> None:
+    def said(number: int, letter: str, task: str) -> Rollout:
+        score = Score(total=0.0, parts={}, iou=0.0, answer=Answer(choice=letter))
+        return Rollout(example=f"{task}{number}", task=task, completion=Completion(text=""), score=score)
+
+    rows = [said(n, "A" if n else "C", "Counting") for n in range(4)] + [said(0, "A", "Odd_One_Out")]
+    summary = summarize([*rows, rollout("a", 1, task="Odd_One_Out")], bootstrap=0)
+    assert summary.tasks["Counting"].letters == {"A": 0.75, "C": 0.25}
+    assert summary.macro.letters == {"A": 0.625, "C": 0.125}
+    assert same_letter(summary.macro.to_json()) is None
+    assert same_letter(summarize(rows[1:], bootstrap=0).macro.to_json()) == "A"
+    assert "letters" not in summarize(FOUR, bootstrap=0).macro.to_json()
 
 
 def test_a_right_letter_is_right_at_every_threshold() -> None:

@@ -62,6 +62,8 @@ class TaskSummary:
     """Share of rollouts without a usable answer, by reason; reasons that did not occur are left out."""
     truncated: float
     """Share of rollouts cut off by the token budget."""
+    letters: dict[str, float] = field(default_factory=dict)
+    """Share of rollouts that answer each letter of a multiple choice; empty where none does."""
     measures: dict[str, Estimate | None] = field(default_factory=dict)
     """Means of further measures, by name; None where one applies to no example."""
 
@@ -81,6 +83,8 @@ class TaskSummary:
             "unreadable_rate": self.unreadable_rate,
             "truncated": self.truncated,
         }
+        if self.letters:
+            row["letters"] = dict(self.letters)
         further = {name: None if estimate is None else estimate.to_json() for name, estimate in self.measures.items()}
         return {**row, "measures": further} if further else row
 
@@ -139,6 +143,20 @@ class Difference:
             "p_value": self.p_value,
             "significant": self.significant,
         }
+
+
+SAME_LETTER = 0.9
+"""Share of the questions answered by one letter from which a model is told to say it whatever it is asked."""
+
+
+def same_letter(measured: Mapping[str, Any]) -> str | None:
+    """The letter that nearly all questions are answered by, from a task's or a macro's JSON values; None where there is none.
+
+    >>> same_letter({"letters": {"A": 0.96, "B": 0.04}}), same_letter({"letters": {"A": 0.5, "B": 0.5}}), same_letter({})
+    ('A', None, None)
+    """
+    letters: Mapping[str, float] = measured.get("letters", {})
+    return next((letter for letter, share in letters.items() if share >= SAME_LETTER), None)
 
 
 Outcomes = Mapping[str, Mapping[str, float]]
@@ -434,11 +452,13 @@ def estimate(value: float, draws_B: Array) -> Estimate:
 
 def _task_summary(rows: Sequence[Rollout], means_K: Array, draws_BK: Array, columns: Columns, examples: int) -> TaskSummary:
     reasons = Counter(row.score.unreadable for row in rows if row.score.unreadable is not None)
+    letters = Counter(row.score.answer.choice for row in rows if row.score.answer is not None and row.score.answer.choice)
     return TaskSummary(
         examples=examples,
         rollouts=len(rows),
         unreadable={reason: times / len(rows) for reason, times in sorted(reasons.items())},
         truncated=sum(row.completion.truncated for row in rows) / len(rows),
+        letters={letter: times / len(rows) for letter, times in sorted(letters.items())},
         **_estimates(means_K, draws_BK, columns),
     )
 
@@ -456,6 +476,7 @@ def _estimates(means_K: Array, draws_BK: Array, columns: Columns) -> dict[str, A
 
 def _average(tasks: dict[str, TaskSummary], means_K: Array, draws_BK: Array, columns: Columns, weights_T: Array) -> TaskSummary:
     reasons = sorted({reason for task in tasks.values() for reason in task.unreadable})
+    letters = sorted({letter for task in tasks.values() for letter in task.letters})
 
     def average(shares: list[float]) -> float:
         return float(np.average(shares, weights=weights_T))
@@ -465,5 +486,6 @@ def _average(tasks: dict[str, TaskSummary], means_K: Array, draws_BK: Array, col
         rollouts=sum(task.rollouts for task in tasks.values()),
         unreadable={reason: average([task.unreadable.get(reason, 0.0) for task in tasks.values()]) for reason in reasons},
         truncated=average([task.truncated for task in tasks.values()]),
+        letters={letter: average([task.letters.get(letter, 0.0) for task in tasks.values()]) for letter in letters},
         **_estimates(means_K, draws_BK, columns),
     )

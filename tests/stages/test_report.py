@@ -43,7 +43,7 @@ def small_recipe(out: Path) -> Recipe:
 def answer_of(example: Example, rng: random.Random, *, right: bool) -> Rollout:
     """What an imagined model says: the annotation with a small error, or something else."""
     if example.choices:
-        letter = example.target.choice if right else next(c for c in "ABCD" if c != example.target.choice)
+        letter = example.target.choice if right else next(c for c in "BACD" if c != example.target.choice)
         text = f"<think>Both have it.</think><answer>{letter}</answer>"
         score = Score(total=float(right), parts={}, iou=float(right), answer=Answer(choice=letter))
         return Rollout(example=example.key, task=example.task, completion=Completion(text=text), score=score)
@@ -85,7 +85,9 @@ def write_evaluation(recipe: Recipe, models: tuple[str, ...] = ("base", "sft", "
         answers = {}
         for model in models:
             rng = random.Random(f"{model}/{split}")
-            answers[model] = [answer_of(example, rng, right=rng.random() < SKILL[model]) for example in examples]
+            # The base says the same letter whatever it is asked.
+            right = [e.target.choice == "B" if model == "base" and e.choices else rng.random() < SKILL[model] for e in examples]
+            answers[model] = [answer_of(e, rng, right=r) for e, r in zip(examples, right, strict=True)]
             with RowWriter(recipe.out / "evaluate" / model / f"{split}.jsonl") as rows:
                 for rollout in answers[model]:
                     rows.append(rollout.to_json())
@@ -196,6 +198,11 @@ def test_only_the_pages_own_script_may_run(html: str) -> None:
     [policy] = [a["content"] for tag, a in Tags(html).found if tag == "meta" and a.get("http-equiv") == "Content-Security-Policy"]
     assert "default-src 'none'" in policy
     assert "script-src 'sha256-" in policy
+
+
+def test_a_model_that_says_one_letter_whatever_is_asked_is_told_of(html: str) -> None:
+    assert html.count("answers B to nearly every question") == 2  # in each of the two sets
+    assert "<b>base</b> answers B to nearly every question" in html
 
 
 @pytest.mark.parametrize("section", ["headline", "results", "changes", "errors", "training", "curation", "gallery", "run"])

@@ -396,6 +396,15 @@ def test_what_was_warned_of_while_rl_trained_is_on_the_page(study: Study) -> Non
     assert "- **full**, entropy (seed 0 at step 30, seed 1 at step 50): It fell to 0.030." in page
 
 
+def test_a_model_that_says_one_letter_whatever_is_asked_is_on_the_page(study: Study) -> None:
+    for run, letters in zip(runs_of(study, only=["full"]), ({"A": 1.0}, {"A": 0.5, "B": 0.5}), strict=True):
+        outcome_file(run.folder, {"perception_blink": {"rl": [1, 1]}})
+        atomic_write_json(run.folder / "made.json", {"attempts": [], "finished": run.settings})
+        found = {"perception_blink": {"models": {"rl": {"macro": {"letters": letters}}}}}
+        atomic_write_json(run.folder / "evaluate" / "results.json", {"splits": found})
+    assert "- **full**, perception: blink, RL: A (seed 0)\n" in written(gather(study, command=""))
+
+
 def test_headlines_come_before_their_parts() -> None:
     assert headlines(["perception_blink", "ood_a", "ood (all)", "validation", "test"]) == [
         "test", "ood (all)", "validation", "perception_blink", "ood_a",

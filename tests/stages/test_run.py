@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from polyground.cli import main
-from polyground.stages.run import completed
+from polyground.stages.run import completed, same_letters
 from polyground.storage import read_json
 
 FOLDERS = {
@@ -28,6 +28,13 @@ FOLDERS = {
 def test_every_stage_leaves_a_complete_folder_and_a_report(finished: Path) -> None:
     assert completed(finished) == FOLDERS
     assert (finished / "report.html").stat().st_size > 10_000
+
+
+def test_the_summary_tells_of_a_model_that_says_one_letter_whatever_is_asked() -> None:
+    models = {"base": {"macro": {"letters": {"C": 0.95, "A": 0.05}}}, "rl": {"macro": {"letters": {"A": 0.6, "B": 0.4}}}}
+    results = {"splits": {"perception_blink": {"models": models}, "perception (all)": {"models": models}, "test": {"models": {}}}}
+    [line] = same_letters(results)
+    assert line.startswith("perception_blink: base answers C to nearly every question")
 
 
 @pytest.mark.parametrize("model_type", ["qwen3_5", "internvl", "smolvlm"])

@@ -24,6 +24,7 @@ from polyground.conventions import Convention, load_convention, model_folder
 from polyground.errors import DataError, StorageError, visible
 from polyground.imagefile import image_size
 from polyground.memory import Prompts, describe, grpo_memory, model_size, sft_memory
+from polyground.metrics import same_letter
 from polyground.prompts import student_messages
 from polyground.records import Example
 from polyground.stages import evaluation_splits, own_splits, scan_file, split_files, start_folders, world_splits
@@ -86,7 +87,10 @@ def show(recipe: Recipe, *, report: Any = None) -> None:
     console = Console()
     results = recipe.out / "evaluate" / "results.json"
     if results.is_file():
-        console.print(results_table(recipe, read_json(results)))
+        found = read_json(results)
+        console.print(results_table(recipe, found))
+        for line in same_letters(found):
+            console.print(line, highlight=False, markup=False)
     console.print(_stages_table(read_json(recipe.out / "times.json")))
     if report is not None:
         console.print(f"report: {report}", highlight=False, soft_wrap=True, markup=False)
@@ -111,6 +115,16 @@ def results_table(recipe: Recipe, results: Mapping[str, Any]) -> Table:
         count = found["models"][models[0]]["macro"]["examples"]
         table.add_row(escape(split), str(count), *map(_percent, cells), *map(_points, gains))
     return table
+
+
+def same_letters(results: Mapping[str, Any]) -> list[str]:
+    """A line for each split and model that answers nearly every question by one letter."""
+    return [
+        f"{visible(split)}: {_LABELS[role]} answers {letter} to nearly every question; what is right there is right by chance"
+        for split, found in results["splits"].items()
+        for role, table in found["models"].items()
+        if not split.endswith("(all)") and (letter := same_letter(table["macro"]))
+    ]
 
 
 def _percent(estimate: Mapping[str, float]) -> str:

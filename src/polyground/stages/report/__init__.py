@@ -24,7 +24,7 @@ from markupsafe import Markup
 from polyground import __version__, charts
 from polyground.config import Recipe, show_recipe
 from polyground.errors import DataError
-from polyground.metrics import Estimate
+from polyground.metrics import Estimate, same_letter
 from polyground.outcomes import Kind, explained
 from polyground.records import Example, Rollout
 from polyground.rollout import is_right
@@ -111,6 +111,8 @@ class Table:
     rows: Sequence[Row]
     chart: Markup
     differences: Sequence[Compared]
+    same: Sequence[tuple[str, str]]
+    """Models that answer nearly every question by one letter, and the letter."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -382,6 +384,7 @@ def _table(split: str, table: Mapping[str, Any], *, threshold: float) -> Table:
         rows=rows,
         chart=charts.grouped_bars(tasks, bars),
         differences=[_compared(pair, found) for pair, found in table["differences"].items()],
+        same=[(model, letter) for model, macro in zip(models, macros, strict=True) if (letter := same_letter(macro))],
     )
 
 

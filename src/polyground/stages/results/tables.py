@@ -12,7 +12,7 @@ from typing import Any
 
 from polyground import __version__
 from polyground.errors import DataError
-from polyground.metrics import Outcomes, across_seeds, difference_across_seeds, pooled
+from polyground.metrics import SAME_LETTER, Outcomes, across_seeds, difference_across_seeds, pooled
 from polyground.runs import ROLES
 from polyground.stages.results.running import Run, runs_of
 from polyground.stages.results.study import PAIRS, Study, Target
@@ -31,6 +31,11 @@ TITLES = {
 ABOUT_HOURS = (
     "Wall time by stage in hours, mean over seeds. `training` adds up what makes the final model, from synthesis on, wherever it "
     "was made; `spent` is what the run took here, evaluation included, having taken over what an earlier run had finished."
+)
+
+ABOUT_LETTERS = (
+    f"Models that answer at least {SAME_LETTER:.0%} of a set's questions by one and the same letter: what they have right there "
+    "they have right by chance."
 )
 
 Answered = Mapping[str, Mapping[str, Outcomes]]
@@ -120,6 +125,7 @@ def _arm(study: Study, name: str, runs: Sequence[Run], answered: Mapping[str, Ma
         "seeds_missing": [seed for seed in study.seeds_of(arm) if seed not in seeds],
         "hours": {str(run.seed): run.hours for run in runs},
         "warnings": {str(run.seed): run.warnings for run in runs},
+        "letters": {str(run.seed): run.letters for run in runs},
         "stage_seconds": {str(run.seed): run.stages for run in runs},
         "splits": {},
     }
@@ -213,6 +219,8 @@ def written(results: Mapping[str, Any]) -> str:
         parts += ["## Seed by seed", _seed_table(ground)]
     if any(found for arm in arms.values() for found in arm["warnings"].values()):
         parts += ["## Warned of while RL trained", "\n".join(_warnings(arms))]
+    if letters := list(_letters(arms)):
+        parts += ["## Letters", ABOUT_LETTERS, "\n".join(letters)]
     parts += ["## Hours", ABOUT_HOURS, _hours_table(arms)]
     return "\n\n".join(parts) + "\n"
 
@@ -342,6 +350,18 @@ def _warnings(arms: Mapping[str, Any]) -> Iterator[str]:
             rows = {seed: row for seed, found in arm["warnings"].items() for row in found if row["kind"] == kind}
             where = ", ".join(f"seed {seed} at step {row['step']}" for seed, row in rows.items())
             yield f"- **{name}**, {kind} ({where}): {next(iter(rows.values()))['text']}"
+
+
+def _letters(arms: Mapping[str, Any]) -> Iterator[str]:
+    """A line per arm, set and model that answers by one letter, with the seeds."""
+    for name, arm in arms.items():
+        found: dict[tuple[str, str], list[str]] = {}
+        for seed, splits in arm["letters"].items():
+            for split in (split for split in splits if not split.endswith("(all)")):
+                for role, letter in splits[split].items():
+                    found.setdefault((split, role), []).append(f"{letter} (seed {seed})")
+        for (split, role), told in found.items():
+            yield f"- **{name}**, {heading(split)}, {LABELS[role]}: {', '.join(told)}"
 
 
 def _hours_table(arms: Mapping[str, Any]) -> str:
