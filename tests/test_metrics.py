@@ -80,12 +80,13 @@ def test_letters_are_counted_and_one_that_is_always_said_is_found() -> None:
         score = Score(total=0.0, parts={}, iou=0.0, answer=Answer(choice=letter))
         return Rollout(example=f"{task}{number}", task=task, completion=Completion(text=""), score=score)
 
-    rows = [said(n, "A" if n else "C", "Counting") for n in range(4)] + [said(0, "A", "Odd_One_Out")]
-    summary = summarize([*rows, rollout("a", 1, task="Odd_One_Out")], bootstrap=0)
+    rows = [said(n, "C" if n < 5 else "A", "Counting") for n in range(20)] + [said(n, "A", "Odd_One_Out") for n in range(10)]
+    summary = summarize([*rows, *(rollout(f"a{n}", 1, task="Odd_One_Out") for n in range(10))], bootstrap=0)
     assert summary.tasks["Counting"].letters == {"A": 0.75, "C": 0.25}
     assert summary.macro.letters == {"A": 0.625, "C": 0.125}
     assert same_letter(summary.macro.to_json()) is None
-    assert same_letter(summarize(rows[1:], bootstrap=0).macro.to_json()) == "A"
+    assert same_letter(summarize(rows[5:], bootstrap=0).macro.to_json()) == "A"
+    assert same_letter(summarize(rows[5:20], bootstrap=0).macro.to_json()) is None  # too few questions to tell
     assert "letters" not in summarize(FOUR, bootstrap=0).macro.to_json()
 
 

@@ -145,16 +145,20 @@ class Difference:
         }
 
 
-SAME_LETTER = 0.9
-"""Share of the questions answered by one letter from which a model is told to say it whatever it is asked."""
+SAME_LETTER, FEWEST_LETTERS = 0.9, 20
+"""Share of the questions answered by one letter from which a model is said to give it whatever it is asked, and of how many
+questions at least: the right letters of a few may well be the same."""
 
 
 def same_letter(measured: Mapping[str, Any]) -> str | None:
     """The letter that nearly all questions are answered by, from a task's or a macro's JSON values; None where there is none.
 
-    >>> same_letter({"letters": {"A": 0.96, "B": 0.04}}), same_letter({"letters": {"A": 0.5, "B": 0.5}}), same_letter({})
-    ('A', None, None)
+    >>> same_letter({"examples": 50, "letters": {"A": 0.96, "B": 0.04}})
+    'A'
+    >>> same_letter({"examples": 50, "letters": {"A": 0.5, "B": 0.5}})
     """
+    if measured["examples"] < FEWEST_LETTERS:
+        return None
     letters: Mapping[str, float] = measured.get("letters", {})
     return next((letter for letter, share in letters.items() if share >= SAME_LETTER), None)
 

@@ -28,7 +28,7 @@ SKILL = {"base": 0.25, "sft": 0.5, "rl": 0.8}
 
 
 def small_recipe(out: Path) -> Recipe:
-    sizes = {"train": 0, "rl": 0, "validation": 0, "test": 20, "ood": 4, "perception": 4}
+    sizes = {"train": 0, "rl": 0, "validation": 0, "test": 20, "ood": 4, "perception": 20}
     return Recipe(
         name="trial <b>run</b>",
         out=out,

@@ -400,7 +400,7 @@ def test_a_model_that_says_one_letter_whatever_is_asked_is_on_the_page(study: St
     for run, letters in zip(runs_of(study, only=["full"]), ({"A": 1.0}, {"A": 0.5, "B": 0.5}), strict=True):
         outcome_file(run.folder, {"perception_blink": {"rl": [1, 1]}})
         atomic_write_json(run.folder / "made.json", {"attempts": [], "finished": run.settings})
-        found = {"perception_blink": {"models": {"rl": {"macro": {"letters": letters}}}}}
+        found = {"perception_blink": {"models": {"rl": {"macro": {"examples": 250, "letters": letters}}}}}
         atomic_write_json(run.folder / "evaluate" / "results.json", {"splits": found})
     assert "- **full**, perception: blink, RL: A (seed 0)\n" in written(gather(study, command=""))
 

@@ -31,7 +31,8 @@ def test_every_stage_leaves_a_complete_folder_and_a_report(finished: Path) -> No
 
 
 def test_the_summary_tells_of_a_model_that_says_one_letter_whatever_is_asked() -> None:
-    models = {"base": {"macro": {"letters": {"C": 0.95, "A": 0.05}}}, "rl": {"macro": {"letters": {"A": 0.6, "B": 0.4}}}}
+    models = {"base": {"macro": {"examples": 20, "letters": {"C": 0.95, "A": 0.05}}}}
+    models["rl"] = {"macro": {"examples": 20, "letters": {"A": 0.6, "B": 0.4}}}
     results = {"splits": {"perception_blink": {"models": models}, "perception (all)": {"models": models}, "test": {"models": {}}}}
     [line] = same_letters(results)
     assert line.startswith("perception_blink: base answers C to nearly every question")
