@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 
 
@@ -58,12 +59,14 @@ EXTRAS: Mapping[str, Extra] = {
 def install_command(*names: str) -> str:
     """What installs these extras: from the checkout this runs from, else from the registry.
 
-    >>> install_command("train").startswith("pip install ")
+    >>> install_command("train").partition(" install ")[0] in ("pip", "uv pip")
     True
     """
     wanted = f"[{','.join(names)}]" if names else ""
     root = Path(__file__).parents[2]
-    return f"pip install -e '{root}{wanted}'" if (root / "pyproject.toml").is_file() else f"pip install 'polyground{wanted}'"
+    # An environment that uv made has no pip.
+    pip = "pip" if find_spec("pip") is not None else "uv pip"
+    return f"{pip} install -e '{root}{wanted}'" if (root / "pyproject.toml").is_file() else f"{pip} install 'polyground{wanted}'"
 
 
 def extra_of(module: str) -> str | None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from polyground import extras as project_extras
 from polyground.cli import main
 from polyground.config import Recipe
 from polyground.extras import BASE, EXTRAS, extra_of
@@ -186,3 +187,9 @@ def test_a_recipe_for_the_packaged_model_lacks_nothing(tmp_path: Path, capsys: p
     assert "tiny: qwen3_vl" in shown
     assert "nothing needed is missing" in shown
     assert not (tmp_path / "run").exists()
+
+
+def test_an_environment_without_pip_is_told_of_uv(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert project_extras.install_command("train").startswith("pip install ")
+    monkeypatch.setattr(project_extras, "find_spec", lambda name: None)
+    assert project_extras.install_command("train").startswith("uv pip install ")
