@@ -52,7 +52,8 @@ def run(recipe: Recipe) -> Mapping[str, Any]:
         report = done if verb == "report" else report
         made = sorted(completed(recipe.out) - before)
         times.add(f"{number} {verb}", seconds=time.monotonic() - since, peak=peak_memory())
-        console.print(f"{', '.join(made)}: complete" if made else "nothing left to do", highlight=False, markup=False)
+        told = "written" if verb == "report" else f"{', '.join(made)}: complete" if made else "nothing left to do"
+        console.print(told, highlight=False, markup=False)
     show(recipe, report=report)
     return {"out": str(recipe.out), "report": str(report), "stages": times.rows}
 
