@@ -163,6 +163,20 @@ def same_letter(measured: Mapping[str, Any]) -> str | None:
     return next((letter for letter, share in letters.items() if share >= SAME_LETTER), None)
 
 
+def fixed_letters(splits: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """(split, model, letter) wherever a model answers nearly every question of a split by one letter; pools are not told again.
+
+    `splits` as in an evaluation's `results.json`.
+    """
+    return [
+        (split, model, letter)
+        for split, found in splits.items()
+        if not split.endswith("(all)")
+        for model, table in found["models"].items()
+        if (letter := same_letter(table["macro"]))
+    ]
+
+
 Outcomes = Mapping[str, Mapping[str, float]]
 """How right one model was, question by question: by task, then by example key, in [0, 1]; or the difference of two models."""
 

@@ -24,7 +24,7 @@ from polyground.conventions import Convention, load_convention, model_folder
 from polyground.errors import DataError, StorageError, visible
 from polyground.imagefile import image_size
 from polyground.memory import Prompts, describe, grpo_memory, model_size, sft_memory
-from polyground.metrics import same_letter
+from polyground.metrics import fixed_letters
 from polyground.prompts import student_messages
 from polyground.records import Example
 from polyground.stages import evaluation_splits, own_splits, scan_file, split_files, start_folders, world_splits
@@ -122,9 +122,7 @@ def same_letters(results: Mapping[str, Any]) -> list[str]:
     """A line for each split and model that answers nearly every question by one letter."""
     return [
         f"{visible(split)}: {_LABELS[role]} answers {letter} to nearly every question; what is right there is right by chance"
-        for split, found in results["splits"].items()
-        for role, table in found["models"].items()
-        if not split.endswith("(all)") and (letter := same_letter(table["macro"]))
+        for split, role, letter in fixed_letters(results["splits"])
     ]
 
 

@@ -20,7 +20,7 @@ from rich.console import Console
 import polyground
 from polyground.config import Recipe, dump_recipe
 from polyground.errors import visible
-from polyground.metrics import same_letter
+from polyground.metrics import fixed_letters
 from polyground.runs import STAGES
 from polyground.stages import aligned, model_identity
 from polyground.stages.results.study import Arm, Study, recipe_of
@@ -86,15 +86,10 @@ class Run:
         return list(read_rows(path)) if path.is_file() else []
 
     @property
-    def letters(self) -> dict[str, dict[str, str]]:
-        """By split and model, the letter that the model answers nearly every question by, where there is one."""
+    def letters(self) -> list[list[str]]:
+        """Split, model and the letter that the model answers nearly every question by, wherever there is one."""
         path = self.folder / "evaluate" / "results.json"
-        splits = read_json(path)["splits"] if path.is_file() else {}
-        found = {
-            split: {role: letter for role, table in splits[split]["models"].items() if (letter := same_letter(table["macro"]))}
-            for split in splits
-        }
-        return {split: roles for split, roles in found.items() if roles}
+        return [list(found) for found in fixed_letters(read_json(path)["splits"])] if path.is_file() else []
 
     @property
     def stages(self) -> dict[str, float]:

@@ -356,10 +356,9 @@ def _letters(arms: Mapping[str, Any]) -> Iterator[str]:
     """A line per arm, set and model that answers by one letter, with the seeds."""
     for name, arm in arms.items():
         found: dict[tuple[str, str], list[str]] = {}
-        for seed, splits in arm["letters"].items():
-            for split in (split for split in splits if not split.endswith("(all)")):
-                for role, letter in splits[split].items():
-                    found.setdefault((split, role), []).append(f"{letter} (seed {seed})")
+        for seed, letters in arm["letters"].items():
+            for split, role, letter in letters:
+                found.setdefault((split, role), []).append(f"{letter} (seed {seed})")
         for (split, role), told in found.items():
             yield f"- **{name}**, {heading(split)}, {LABELS[role]}: {', '.join(told)}"
 
