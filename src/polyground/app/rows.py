@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -124,7 +125,7 @@ class Filter:
     """Part of the key."""
 
 
-class Shelf:
+class Shelf(ABC):
     """One list of rows to look through: how each is found again, and what is asked of it when rows are chosen."""
 
     def __init__(self, name: str, *, names: Sequence[str] = (), threshold: float) -> None:
@@ -150,13 +151,13 @@ class Shelf:
         return len(self._keys)
 
     @property
+    @abstractmethod
     def parsed(self) -> int:
         """Rows parsed so far, in all files behind this shelf."""
-        raise NotImplementedError
 
+    @abstractmethod
     def read(self, number: int) -> Found:
         """The row of this number, from its files."""
-        raise NotImplementedError
 
     def select(self, wanted: Filter) -> array[int]:
         """Numbers of the rows that are wanted, in order; nothing is read from disk."""
