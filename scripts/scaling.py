@@ -114,7 +114,7 @@ def memory_table() -> Iterator[tuple[str, ...]]:
         rows = (
             ("SFT", sft, False),
             ("GRPO, rollouts in the process", grpo, True),
-            ("GRPO, its update alone", update_alone(grpo), False),
+            ("GRPO, rollouts on a server", update_alone(grpo), False),
         )
         for stage, estimate, whole in rows:
             shared = (shared_out(estimate, size, devices, sampling_whole=whole) for devices in (8, 32, 64))

@@ -8,13 +8,17 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
+import torch
 import yaml
 
+from polyground import models
 from polyground.cli import STAGES
-from polyground.config import load_recipe
+from polyground.config import Recipe, load_recipe
+from polyground.stages import open_model
+from polyground.training.processes import trains_on_cpu
 
 ROOT = Path(__file__).parents[1]
 ACCELERATE = sorted((ROOT / "recipes" / "accelerate").glob("*.yaml"))
@@ -58,6 +62,30 @@ def test_accelerate_reads_every_configuration(path: Path) -> None:
     assert (told.use_fsdp, told.use_deepspeed) == (path.stem == "fsdp", path.stem.startswith("deepspeed"))
     if told.use_deepspeed:
         assert int(told.zero_stage) == int(path.stem[-1])
+
+
+@pytest.mark.parametrize("path", ACCELERATE, ids=lambda path: path.stem)
+def test_a_model_that_is_shared_out_for_training_is_never_whole_on_a_device(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+
+    told, _, _ = _validate_launch_command(launch_command_parser().parse_args(["--config_file", str(path), "script.py"]))
+    told.deepspeed_fields_from_accelerate_config = ""  # the launcher's next step sets it
+    environment = prepare_deepspeed_cmd_env(told)[1] if told.use_deepspeed else prepare_multi_gpu_env(told)
+    for name, value in environment.items():
+        if name.startswith(("ACCELERATE_", "FSDP_")):
+            monkeypatch.setenv(name, value)
+    opened: list[str] = []
+    monkeypatch.setattr(models, "best_device", lambda: "cuda:3")
+    monkeypatch.setattr(models, "load_model", lambda *_, device, **__: opened.append(device))
+    for training in (True, False):
+        open_model(Recipe(), "base", training=training)
+    in_pieces = path.stem in ("fsdp", "deepspeed-zero3")
+    assert opened == ["cpu" if in_pieces else "cuda:3", "cuda:3"]
+    waiting = SimpleNamespace(device=torch.device("cpu"))
+    for cuda in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda cuda=cuda: cuda)
+        assert trains_on_cpu(waiting) != (in_pieces and cuda)
 
 
 @pytest.mark.parametrize("path", ACCELERATE, ids=lambda path: path.stem)

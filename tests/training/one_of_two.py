@@ -1,7 +1,8 @@
 """One process of SFT and GRPO runs over toy data: `one_of_two.py <model folder> <images> <jobs as JSON>`; see test_processes.py.
 
 Under `python -m torch.distributed.run` it is one of several; with FSDP set up in the environment it holds its share of the
-weights. A job is `{verb, out, accumulation}`, and `start` names the run whose checkpoint of step 2 it goes on from.
+weights. A job is `{verb, out, accumulation}`; `start` names the run whose checkpoint of step 2 it goes on from, `url` the server
+that samples the policy of GRPO.
 """
 
 import json
@@ -9,10 +10,13 @@ import os
 import shutil
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.state import DistributedType, PartialState
+from torch.distributed.tensor import DTensor
 
 sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
@@ -21,9 +25,12 @@ from stand_ins import ask, judge
 from polyground.answer import Answer, Located
 from polyground.config import GrpoConfig, SftConfig
 from polyground.geometry import Box
-from polyground.models import load_model
-from polyground.records import Example, Message
+from polyground.models import Loaded, load_model
+from polyground.records import Completion, Example, Message
+from polyground.sampling.endpoint import EndpointSampler
 from polyground.sampling.local import LocalSampler
+from polyground.sampling.policy import PolicySampler, policy_tokens
+from polyground.sampling.vllm import Adapters
 from polyground.training.grpo import train_grpo
 from polyground.training.sft import Lesson, train_sft
 
@@ -62,7 +69,17 @@ def begin(out: Path, start: str | None) -> None:
         time.sleep(0.01)
 
 
-def grpo(model: Path, images: list[Path], out: Path, accumulation: int) -> None:
+class InPieces(PolicySampler):
+    """Fails where more of the weights are put together, while the server samples, than what lies outside the decoder's layers."""
+
+    def sample(self, *args: Any, **kwargs: Any) -> list[list[Completion]]:
+        layers = self._loaded.family.language_model(self._loaded.model).layers
+        shared_out = [isinstance(parameter, DTensor) for parameter in layers.parameters()]
+        assert all(shared_out) == any(shared_out) == ("ACCELERATE_USE_FSDP" in os.environ)
+        return super().sample(*args, **kwargs)
+
+
+def grpo(model: Path, images: list[Path], out: Path, accumulation: int, url: str | None = None) -> None:
     examples = [
         Example(
             key=f"e{count}",
@@ -82,8 +99,32 @@ def grpo(model: Path, images: list[Path], out: Path, accumulation: int) -> None:
         prefix_attention="shared",
         loss_type="dapo",
         beta=0.04,
+        **({} if url is None else {"rollout": "endpoint", "num_iterations": 2}),
     )
-    train_grpo(load_model(model), examples, config, sampler=LocalSampler, ask=ask, judge=judge, out=out, seed=3)
+    with ExitStack() as opened:
+
+        def served(loaded: Loaded) -> PolicySampler:
+            policy = InPieces(
+                loaded,
+                sampler=EndpointSampler(
+                    url,
+                    "base",
+                    cache=out / "answers",
+                    convention=loaded.family.convention,
+                    tokens=policy_tokens(loaded),
+                    retries=0,
+                ),
+                adapters=Adapters([url], key=None),
+                folder=out / "served",
+                version="v",
+                steps_per_adapter=2,
+                rank=int(os.environ.get("RANK", "0")),
+            )
+            opened.callback(policy.close)
+            return policy
+
+        sampler = LocalSampler if url is None else served
+        train_grpo(load_model(model), examples, config, sampler=sampler, ask=ask, judge=judge, out=out, seed=3)
 
 
 def sft(model: Path, images: list[Path], out: Path, accumulation: int) -> None:
@@ -103,4 +144,5 @@ if __name__ == "__main__":
     found = sorted(Path(sys.argv[2]).glob("*.png"))
     for job in json.loads(sys.argv[3]):
         begin(Path(job["out"]), job.get("start"))
-        {"sft": sft, "grpo": grpo}[job["verb"]](Path(sys.argv[1]), found, Path(job["out"]), job["accumulation"])
+        options = {"url": job["url"]} if "url" in job else {}
+        {"sft": sft, "grpo": grpo}[job["verb"]](Path(sys.argv[1]), found, Path(job["out"]), job["accumulation"], **options)

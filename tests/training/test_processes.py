@@ -12,6 +12,7 @@ import pytest
 import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
+from adapter_server import serving_adapters
 from safetensors.torch import load_file
 
 from polyground.storage import read_rows
@@ -70,6 +71,18 @@ def runs(toy_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.fixture(scope="module")
+def served_runs(runs: Path, toy_folder: Path) -> Path:
+    """GRPO as in `runs` but for its rollouts, which a server samples twice for four steps."""
+    for kind, environment, processes in (("one", None, 1), ("ddp", None, 2), ("fsdp", fsdp(), 2)):
+        out = runs / f"served-{kind}"
+        with serving_adapters(toy_folder, runs / f"sent-{kind}") as server:
+            job = {"verb": "grpo", "out": str(out), "accumulation": 3 - processes, "url": server.url}
+            run(toy_folder, runs / "images", [job], processes=processes, environment=environment)
+            assert [what for what, _ in server.told] == ["load", "load", "unload", "unload"]
+    return runs
+
+
 def lines(out: Path) -> list[dict]:
     return [row for row in read_rows(out / "log.jsonl") if "grad_norm" in row]
 
@@ -102,6 +115,18 @@ def test_two_processes_train_as_one_with_twice_the_accumulation(runs: Path, verb
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_rollouts_stand_in_the_order_of_one_process(runs: Path, kind: str) -> None:
     assert texts(runs / f"grpo-{kind}") == texts(runs / "grpo-one")
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_two_processes_learn_from_a_server_what_one_learns(served_runs: Path, kind: str) -> None:
+    one, two = served_runs / "served-one", served_runs / f"served-{kind}"
+    assert texts(two) == texts(one)
+    for alone, shared in zip(lines(one), lines(two), strict=True):
+        assert set(alone) == set(shared)
+        for name in set(alone) - {"epoch"}:
+            assert shared[name] == pytest.approx(alone[name], rel=1e-3, abs=1e-4), name
+    assert max(row["kl"] for row in lines(two)) > 1e-4
+    assert all(torch.allclose(adapter(two)[name], tensor, atol=1e-4) for name, tensor in adapter(one).items())
 
 
 @pytest.mark.parametrize("path", ["ddp-ddp", "fsdp-fsdp", "one-ddp", "one-fsdp", "ddp-one", "fsdp-one"])

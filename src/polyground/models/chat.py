@@ -192,7 +192,7 @@ class ChatFamily(ABC):
 
     def encode_images_of(self, model: nn.Module, prompts: Sequence[Prompt]) -> list[ImageFeatures]:
         """As many prompts at a time as fit together; the features of each stand in the order of its images."""
-        with _gathered(model):
+        with self.gathered(model, decoder=False):
             return [features for few in _few(prompts) for features in self._encode_together(core_of(model), few)]
 
     @torch.no_grad()
@@ -229,29 +229,34 @@ class ChatFamily(ABC):
         return model(input_ids=input_ids, position_ids=positions, **self.image_inputs(features), **options)
 
     @contextmanager
-    def gathered(self, model: nn.Module) -> Iterator[None]:
-        if not isinstance(model, FSDPModule):
+    def gathered(self, model: nn.Module, *, decoder: bool = True) -> Iterator[None]:
+        if not isinstance(model, FSDPModule) or model in _GATHERED:
             yield
             return
-        device = next(model.parameters()).device
-        # What FSDP takes for the whole model is decided by the first forward.
-        ids, positions = (torch.zeros(size, dtype=torch.long, device=device) for size in ((1, 1), (3, 1, 1)))
-        with torch.no_grad():
-            self.forward(model, input_ids=ids, position_ids=positions, features=[], use_cache=False)
-        parts = [part for part in model.modules() if isinstance(part, FSDPModule)]
+        parts = self._shared_out(model) if decoder else [model]
         for part in parts:
             part.unshard()
-        model.set_reshard_after_forward(False)
+        if decoder:
+            model.set_reshard_after_forward(False)
         _GATHERED.add(model)
         try:
             yield
         finally:
             _GATHERED.discard(model)
-            # As FSDP itself begins: what lies outside the layers is kept until the backward.
-            model.set_reshard_after_forward(True)
-            model.set_reshard_after_forward(False, recurse=False)
+            if decoder:
+                # As FSDP itself begins: what lies outside the layers is kept until the backward.
+                model.set_reshard_after_forward(True)
+                model.set_reshard_after_forward(False, recurse=False)
             for part in parts:
                 part.reshard()
+
+    def _shared_out(self, model: nn.Module) -> list[FSDPModule]:
+        """The parts FSDP puts together one by one; what it takes for the whole model is decided by the first forward."""
+        device = next(model.parameters()).device
+        ids, positions = (torch.zeros(size, dtype=torch.long, device=device) for size in ((1, 1), (3, 1, 1)))
+        with torch.no_grad():
+            self.forward(model, input_ids=ids, position_ids=positions, features=[], use_cache=False)
+        return [part for part in model.modules() if isinstance(part, FSDPModule)]
 
     def language_model(self, model: nn.Module) -> nn.Module:
         return getattr(core_of(model), self.decoder)
@@ -264,20 +269,7 @@ class ChatFamily(ABC):
 
 
 _GATHERED: WeakSet[nn.Module] = WeakSet()
-"""Models that FSDP holds whole at the moment; see `ChatFamily.gathered`."""
-
-
-@contextmanager
-def _gathered(model: nn.Module) -> Iterator[None]:
-    """FSDP shares out the weights and puts them together in `forward` only; here those outside of its layers are needed."""
-    if not isinstance(model, FSDPModule) or model in _GATHERED:
-        yield
-        return
-    model.unshard()
-    try:
-        yield
-    finally:
-        model.reshard()
+"""Models whose weights, shared out by FSDP, are put together at the moment; see `ChatFamily.gathered`."""
 
 
 def _few(prompts: Sequence[Prompt]) -> Iterator[list[Prompt]]:

@@ -143,8 +143,11 @@ class Family(Protocol):
         """One pass over [B, T] tokens at [3, B, T] positions with image features computed before."""
         ...
 
-    def gathered(self, model: nn.Module) -> AbstractContextManager[None]:
-        """Inside, weights that FSDP shares out are whole in every process: its parts may be called in any order and number."""
+    def gathered(self, model: nn.Module, *, decoder: bool = True) -> AbstractContextManager[None]:
+        """Inside, weights that FSDP shares out are whole in every process: its parts may be called in any order and number.
+
+        Without `decoder`, only what lies outside the decoder's layers: enough to encode images, and little to hold.
+        """
         ...
 
     def language_model(self, model: nn.Module) -> nn.Module:

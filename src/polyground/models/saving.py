@@ -1,4 +1,5 @@
-"""Weights are written by libraries that have names of their own for a full disk; here it becomes one of ours."""
+"""Weights on their way to files: put together where processes share them out, and written by libraries that have names of their
+own for a full disk; here it becomes one of ours."""
 
 from __future__ import annotations
 
@@ -8,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from polyground.errors import StorageError
 
@@ -15,6 +18,16 @@ _OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 _WORDS = ("no space left", "quota exceeded", "file too large", "read-only file system", "input/output error", "os error")
 _OF_TORCH = ("pytorchstreamwriter", "inline_container", "iostream error", "basic_ios")
 """What torch says when a file takes no more: a RuntimeError without a number."""
+
+
+def trained_weights(model: nn.Module) -> dict[str, Tensor]:
+    """What is trained, by name, in host memory; of several processes all must ask for it."""
+    return {name: whole(parameter.detach()) for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor put together from all processes, which must all ask for it, in host memory."""
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu()
 
 
 @contextmanager

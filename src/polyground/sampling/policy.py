@@ -19,6 +19,7 @@ from peft import PeftModel
 
 from polyground.errors import ConfigError, EndpointError, StorageError
 from polyground.models import Loaded
+from polyground.models.saving import saving, trained_weights
 from polyground.records import Completion, Message
 from polyground.sampling.endpoint import EndpointSampler, Tokens
 from polyground.sampling.servers import UnknownModelError
@@ -65,7 +66,9 @@ class PolicySampler:
     def _send(self, step: int) -> None:
         written = self._folder / f"writing-{self._rank}"
         try:
-            self._loaded.model.save_pretrained(str(written), save_embedding_layers=False)
+            with saving(self._folder):
+                weights = trained_weights(self._loaded.model)
+                self._loaded.model.save_pretrained(str(written), state_dict=weights, save_embedding_layers=False)
             digest = adapter_digest(written)
             name = f"{self._prefix}{step}-{digest[:8]}"
             place = self._folder / name

@@ -26,7 +26,7 @@ from polyground.geometry import Grid
 from polyground.imagefile import problem_of
 from polyground.records import Example, Message
 from polyground.runs import ROLES
-from polyground.shards import Shard, gather, parse_shard, part_folder, part_identity
+from polyground.shards import Shard, gather, parse_shard, part_folder, part_identity, weights_in_pieces
 from polyground.sources import ABOUT_ROWS, SOURCES, BadRow, Item, chosen, read_source, scan_source
 from polyground.sources.reading import require_none_bad
 from polyground.storage import MANIFEST, RunFolder, made_alike, read_manifest, require_whole, take_over
@@ -81,11 +81,14 @@ def model_path(recipe: Recipe, role: str) -> Path | str:
     return require(recipe, folder)
 
 
-def open_model(recipe: Recipe, role: str) -> Loaded:
-    """The model of this role on the best device here. Says that it is opened, which takes minutes where it is large."""
+def open_model(recipe: Recipe, role: str, *, training: bool = False) -> Loaded:
+    """The model of this role on the best device here. Says that it is opened, which takes minutes where it is large.
+
+    Where a training shares its weights out it stays in host memory: no device has to hold the whole.
+    """
     from polyground.models import best_device, load_model
 
-    path, device = model_path(recipe, role), best_device()
+    path, device = model_path(recipe, role), "cpu" if training and weights_in_pieces() else best_device()
     say(f"opening {path} on {device}")
     return load_model(path, dtype=recipe.model.dtype, max_pixels_total=recipe.model.max_pixels_total, device=device)
 

@@ -54,7 +54,7 @@ def run(recipe: Recipe) -> Mapping[str, Any]:
         from polyground.rewards import Scorer
         from polyground.training.grpo import train_grpo
 
-        loaded = open_model(recipe, recipe.grpo.start)
+        loaded = open_model(recipe, recipe.grpo.start, training=True)
 
         def ask(example: Example) -> tuple[Sequence[Message], Sequence[Grid]]:
             grids = loaded.family.grids(example.images)

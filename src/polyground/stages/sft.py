@@ -36,7 +36,7 @@ def run(recipe: Recipe) -> Mapping[str, Any]:
         require_images(rows, kept)
         from polyground.training.sft import train_sft
 
-        loaded = open_model(recipe, "base")
+        loaded = open_model(recipe, "base", training=True)
         lessons = [_lesson(row, loaded.family, recipe.prompts) for row in rows]
         summary = train_sft(loaded, lessons, recipe.sft, out=folder.path, seed=recipe.seed)
         return folder.finish({**summary, "seconds": folder.seconds}).summary

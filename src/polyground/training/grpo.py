@@ -48,7 +48,7 @@ from polyground.records import Completion, Example, Message, Rollout
 from polyground.rollout import Ask, Group, Judge, rollout_groups
 from polyground.sampling import Following, Sampler
 from polyground.training.boards import Boards, Shown, boards_of
-from polyground.training.processes import PortableTrainer, PromptLengths, balanced, wrap_decoder_layers
+from polyground.training.processes import PortableTrainer, PromptLengths, balanced, trains_on_cpu, wrap_decoder_layers
 from polyground.training.remembering import Ready, Remembering
 from polyground.training.runs import append_rows, prepare_model, require_packable, train, training_arguments
 from polyground.training.watch import Watching, answer_metrics
@@ -321,11 +321,9 @@ class GrpoTrainer(PortableTrainer):
         )
         self._prepared = Prepared(schedule, family, ask, ahead=args.dataloader_num_workers > 0, cached=config.image_cache_mib > 0)
         super().__init__(model=model, args=args, train_dataset=self._prepared, data_collator=list)
-        if isinstance(sampler, Following) and (self.is_fsdp_enabled or self.zero_stage == 3):
-            raise ConfigError("grpo.rollout: an adapter shared out by FSDP or ZeRO-3 cannot be sent to servers; use DDP")
         if self.zero_stage == 3:
             raise ConfigError(
-                "grpo: rollouts in the training processes need the weights whole, which ZeRO-3 does not give; launch it with "
+                "grpo: rollouts need the weights whole, or the adapter where a server samples; ZeRO-3 gives neither; use "
                 "recipes/accelerate/fsdp.yaml, deepspeed-zero2.yaml or ddp.yaml"
             )
         # `BatchSize` spans the accumulation window: losses of micro-batches are summed, not averaged.
@@ -448,7 +446,9 @@ class GrpoTrainer(PortableTrainer):
             if ready.asked is not None:
                 self._answers[id(ready.example)] = ready.asked
         examples = [ready.example for ready in prepared]
-        with torch.no_grad(), self.accelerator.autocast(), self._family.gathered(model):
+        # A server holds the weights for itself: here they may stay in pieces.
+        samples_here = not isinstance(self._sampler, Following)
+        with torch.no_grad(), self.accelerator.autocast(), self._family.gathered(model) if samples_here else nullcontext():
             groups = list(
                 rollout_groups(
                     examples,
@@ -486,7 +486,10 @@ class GrpoTrainer(PortableTrainer):
         # Under several processes gradients are averaged, so each divides by the average size.
         tokens = sum(self._gathered([float(sum(lengths))])) / self.args.world_size
         size = BatchSize(completions=len(lengths), tokens=tokens)
-        return [self._lot(model, group, row, size) for group, row in zip(groups, values, strict=True)]
+        # Processes have different images to encode, and what is put together for one must be asked for by all.
+        with self._family.gathered(model, decoder=False):
+            lots = [self._lot(model, group, row, size) for group, row in zip(groups, values, strict=True)]
+        return [self._compared_with(model, lot) for lot in lots]
 
     def _lot(self, model: Any, group: Group, values: Sequence[float], size: BatchSize) -> Lot:
         device = self.args.device
@@ -509,6 +512,10 @@ class GrpoTrainer(PortableTrainer):
         if isinstance(self._sampler, Following):
             told = [logprob for rollout in group.rollouts for logprob in rollout.completion.logprobs]
             lot = replace(lot, sampling_logprobs_GT=lot.packed.unpack(torch.tensor(told, device=device)))
+        return lot
+
+    def _compared_with(self, model: Any, lot: Lot) -> Lot:
+        """The lot with the log-probabilities its loss compares with: of the policy as it was, and of the starting policy."""
         if not self._compared:
             self._compare(model, lot)
         if lot.skipped:
@@ -661,7 +668,7 @@ def train_grpo(
         raise DataError(f"{out}: there is no question to train on; run reject and look at its pass rates")
     wrap_decoder_layers(loaded.model, loaded.family)
     model = prepare_model(loaded.model, loaded.family, config, seed=seed)
-    args = training_arguments(config, out, seed=seed, max_steps=1, use_cpu=loaded.device.type == "cpu")
+    args = training_arguments(config, out, seed=seed, max_steps=1, use_cpu=trains_on_cpu(loaded))
     args.max_steps = grpo_steps(len(examples), config, per_step=groups_per_step(args))
     args.warmup_steps = math.ceil(config.warmup_ratio * args.max_steps)
     family = Remembering(loaded.family, cache_mib=config.image_cache_mib)

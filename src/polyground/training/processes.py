@@ -20,8 +20,10 @@ from transformers import Trainer
 
 from polyground.errors import PolygroundError, StorageError
 from polyground.imagefile import image_size
-from polyground.models import Family
+from polyground.models import Family, Loaded
+from polyground.models.saving import trained_weights, whole
 from polyground.records import Message
+from polyground.shards import weights_in_pieces
 from polyground.tokens import PromptCounter
 
 IDLE = -1
@@ -120,8 +122,7 @@ class PortableTrainer(Trainer):
         if not self._is_portable:
             super().save_model(output_dir, _internal_call=_internal_call)
             return
-        trained = {name: _whole(value.detach()) for name, value in self.model.named_parameters() if value.requires_grad}
-        self._save(output_dir or self.args.output_dir, state_dict=trained)
+        self._save(output_dir or self.args.output_dir, state_dict=trained_weights(self.model))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if not self._is_portable:
@@ -146,9 +147,9 @@ class PortableTrainer(Trainer):
             super()._save_optimizer_and_scheduler(output_dir)
             return
         state = self.optimizer.state_dict()
-        whole = {i: {name: _whole(value) for name, value in values.items()} for i, values in state["state"].items()}
+        values = {i: {name: _whole(value) for name, value in found.items()} for i, found in state["state"].items()}
         if self.args.should_save:
-            torch.save({**state, "state": whole}, Path(output_dir) / "optimizer.pt")
+            torch.save({**state, "state": values}, Path(output_dir) / "optimizer.pt")
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -164,10 +165,8 @@ class PortableTrainer(Trainer):
 
 
 def _whole(value: Any) -> Any:
-    """A tensor put together from all processes, which must all ask for it, in host memory."""
-    if not isinstance(value, Tensor):
-        return value
-    return (value.full_tensor() if isinstance(value, DTensor) else value).cpu()
+    """A tensor of all processes; a number of steps is left as it is."""
+    return whole(value) if isinstance(value, Tensor) else value
 
 
 def _like(value: Any, parameter: Tensor) -> Any:
@@ -175,6 +174,11 @@ def _like(value: Any, parameter: Tensor) -> Any:
     if isinstance(parameter, DTensor) and isinstance(value, Tensor) and value.shape == parameter.shape:
         return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
     return value
+
+
+def trains_on_cpu(loaded: Loaded) -> bool:
+    """Weights that will be shared out wait in host memory, whatever device is to train them."""
+    return loaded.device.type == "cpu" and not (weights_in_pieces() and torch.cuda.is_available())
 
 
 def wrap_decoder_layers(model: Any, family: Family) -> None:

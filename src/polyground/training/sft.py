@@ -21,7 +21,7 @@ from polyground.imagefile import ImageError
 from polyground.losses import IGNORED, completion_loss
 from polyground.models import Family, Loaded, Prompt
 from polyground.records import Message
-from polyground.training.processes import IDLE, EvenRows, PortableTrainer, PromptLengths, wrap_decoder_layers
+from polyground.training.processes import IDLE, EvenRows, PortableTrainer, PromptLengths, trains_on_cpu, wrap_decoder_layers
 from polyground.training.runs import prepare_model, raising, train, training_arguments
 
 # Shapes: B rows, T tokens of the longest row.
@@ -133,7 +133,7 @@ def train_sft(loaded: Loaded, lessons: Sequence[Lesson], config: SftConfig, *, o
         raise DataError(f"{out}: there is nothing to learn from; run synthesize and look at its rejected rows")
     wrap_decoder_layers(loaded.model, loaded.family)
     model = prepare_model(loaded.model, loaded.family, config, seed=seed)
-    args = training_arguments(config, out, seed=seed, max_steps=1, use_cpu=loaded.device.type == "cpu")
+    args = training_arguments(config, out, seed=seed, max_steps=1, use_cpu=trains_on_cpu(loaded))
     args.max_steps = sft_steps(len(lessons), config, processes=args.world_size)
     args.warmup_steps = math.ceil(config.warmup_ratio * args.max_steps)
 
