@@ -30,8 +30,9 @@ from polyground.conventions import read_config
 from polyground.losses import BatchSize, GrpoInputs, Objective, grpo_loss
 from polyground.models import Family, Prompt, load_family, load_model
 from polyground.sampling.local import LocalSampler
-from polyground.training.grpo import Remembering, score_group
+from polyground.training.remembering import Remembering
 from polyground.training.runs import add_adapter
+from polyground.training.scores import score_group
 
 TEMPERATURE = 1.0
 """TRL's default."""

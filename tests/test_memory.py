@@ -350,8 +350,8 @@ def test_what_a_packed_forward_of_the_tiny_model_saves_is_within_three_percent_o
     from polyground.batches import pack_group
     from polyground.models import load_model
     from polyground.records import Message
-    from polyground.training.grpo import score_group
     from polyground.training.runs import add_adapter
+    from polyground.training.scores import score_group
     from toys import write_image
 
     config = grpo(lora_r=8, max_completion_length=64, prefix_attention=attention)

@@ -9,7 +9,7 @@ from torch import Tensor
 from polyground.batches import pack_group
 from polyground.losses import token_scores
 from polyground.models import Loaded, Prompt, load_model
-from polyground.training.grpo import score_group
+from polyground.training.scores import score_group
 
 TEMPERATURE = 0.9
 RAGGED = [[70, 71, 72, 73, 74], [80], [65, 66, 67, 68, 69, 70, 71, 72, 73], [90, 91]]

@@ -55,11 +55,11 @@ def test_sft_steps_are_those_of_the_trainer(rows: int, config: dict[str, Any]) -
     "config", [{}, {"max_steps": -1}, {"max_steps": -1, "num_iterations": 2, "gradient_accumulation_steps": 2}]
 )
 def test_grpo_steps_are_those_of_the_trainer(questions: int, config: dict[str, Any]) -> None:
-    from polyground.training import grpo
+    from polyground.training import schedule
 
     found = GrpoConfig(**config)
     per_step = found.per_device_train_batch_size * found.gradient_accumulation_steps
-    assert grpo_steps(questions, found) == grpo.grpo_steps(questions, found, per_step=per_step)
+    assert grpo_steps(questions, found) == schedule.grpo_steps(questions, found, per_step=per_step)
 
 
 def test_every_stage_says_how_much_it_will_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

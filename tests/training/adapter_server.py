@@ -22,7 +22,7 @@ from polyground.batches import pack_group
 from polyground.models import Loaded, load_model
 from polyground.records import Completion, Message
 from polyground.sampling.local import LocalSampler
-from polyground.training.grpo import score_group
+from polyground.training.scores import score_group
 
 
 class AdapterServer:

@@ -15,8 +15,9 @@ from polyground.models import Loaded, load_model
 from polyground.records import Completion, Example, Score
 from polyground.sampling.local import LocalSampler
 from polyground.storage import read_rows
-from polyground.training.grpo import Schedule, train_grpo
+from polyground.training.grpo import train_grpo
 from polyground.training.runs import last_checkpoint
+from polyground.training.schedule import Schedule
 
 
 def config(**changes) -> GrpoConfig:

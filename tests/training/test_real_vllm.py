@@ -22,8 +22,8 @@ from polyground.sampling.local import LocalSampler
 from polyground.sampling.policy import PolicySampler, policy_tokens
 from polyground.sampling.vllm import Adapters
 from polyground.stages import read_split, world
-from polyground.training.grpo import score_group
 from polyground.training.runs import prepare_model
+from polyground.training.scores import score_group
 
 URL = os.environ.get("POLYGROUND_VLLM_URL", "http://127.0.0.1:8000/v1").rstrip("/")
 TEMPERATURE = 0.7

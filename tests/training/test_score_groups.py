@@ -12,7 +12,7 @@ from torch import Tensor
 from polyground.batches import join_groups, pack_group
 from polyground.models import Loaded, load_model
 from polyground.records import Message
-from polyground.training.grpo import score_groups, shares_prefix
+from polyground.training.scores import score_groups, shares_prefix
 from toys import FAMILIES, write_image, write_toy
 
 RAGGED = [[[70, 71, 72, 73], [80], [65, 66, 67]], [[90, 91], [92, 93, 94]], [[75], [76, 77]]]

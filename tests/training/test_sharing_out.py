@@ -15,8 +15,8 @@ from torch.utils.data import BatchSampler
 from polyground.config import GrpoConfig
 from polyground.models import Loaded
 from polyground.records import Example
-from polyground.training.grpo import Schedule
 from polyground.training.processes import IDLE, EvenRows, PromptLengths, balanced
+from polyground.training.schedule import Schedule
 from polyground.training.sft import sft_steps
 
 SHAPES = st.tuples(st.integers(1, 4), st.integers(1, 3), st.integers(1, 3))

@@ -14,7 +14,7 @@ from polyground.config import GrpoConfig
 from polyground.losses import BatchSize, GrpoInputs, GrpoSums, Objective, advantages, grpo_loss
 from polyground.models import Loaded, Prompt
 from polyground.records import Example
-from polyground.training.grpo import score_group
+from polyground.training.scores import score_group
 
 trl = pytest.importorskip("trl")
 

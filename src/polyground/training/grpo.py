@@ -10,23 +10,21 @@ import copy
 import hashlib
 import logging
 import math
-import random
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
-from functools import cache
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, SequentialSampler
+from torch.utils.data import SequentialSampler
 
-from polyground.batches import PackedGroup, join_groups, pack_group
-from polyground.config import GrpoConfig, PrefixAttention
-from polyground.errors import ConfigError, DataError, EndpointError, PolygroundError
+from polyground.batches import PackedGroup, pack_group
+from polyground.config import GrpoConfig
+from polyground.errors import ConfigError, DataError, EndpointError
 from polyground.geometry import Grid
 from polyground.losses import (
     BatchSize,
@@ -38,19 +36,18 @@ from polyground.losses import (
     advantages,
     deviation,
     grpo_loss,
-    token_scores,
     without_variance,
 )
-from polyground.models import Family, ImageFeatures, Loaded
-from polyground.models.linear_attention import has_linear_attention, packed_mask
-from polyground.models.shared_prefix import SHARED_PREFIX
+from polyground.models import ImageFeatures, Loaded
 from polyground.records import Completion, Example, Message, Rollout
 from polyground.rollout import Ask, Group, Judge, rollout_groups
 from polyground.sampling import Following, Sampler
 from polyground.training.boards import Boards, Shown, boards_of
-from polyground.training.processes import PortableTrainer, PromptLengths, balanced, trains_on_cpu, wrap_decoder_layers
+from polyground.training.processes import PortableTrainer, trains_on_cpu, wrap_decoder_layers
 from polyground.training.remembering import Ready, Remembering
 from polyground.training.runs import append_rows, prepare_model, require_packable, train, training_arguments
+from polyground.training.schedule import Prepared, dealing, groups_per_step, grpo_steps, schedule_of
+from polyground.training.scores import attention_note, score_groups
 from polyground.training.watch import Watching, answer_metrics
 
 logger = logging.getLogger("polyground")
@@ -59,9 +56,6 @@ logger = logging.getLogger("polyground")
 
 ROLLOUTS = "rollouts.jsonl"
 """One row per completion sampled in training: `step` (0-based), `advantage`, and the `Rollout`."""
-
-SHORT = 512
-"""Packed rows of fewer tokens are cheaper under a mask on a CPU."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -78,213 +72,6 @@ class Lot:
     old_logprobs_GT: Tensor | None = None
     reference_logprobs_GT: Tensor | None = None
     sampling_logprobs_GT: Tensor | None = None
-
-
-class Schedule(Dataset[Example]):
-    """Which example stands at which place of the whole run; depends on the seed alone, so that a resumed run goes on in it.
-
-    Examples are shuffled anew for each pass. With several iterations a step's examples come again in the steps after it. `deal`
-    rearranges those of one step, told by their numbers, for several processes.
-    """
-
-    def __init__(
-        self,
-        examples: Sequence[Example],
-        *,
-        steps: int,
-        per_step: int,
-        num_iterations: int,
-        seed: int,
-        deal: Callable[[Sequence[int]], list[int]] | None = None,
-    ) -> None:
-        self._examples = examples
-        self._steps, self._per_step, self._num_iterations, self._seed = steps, per_step, num_iterations, seed
-        self._deal = deal
-        self._orders: dict[int, list[int]] = {}
-        self._dealt: tuple[int, list[int]] = (-1, [])
-
-    def __len__(self) -> int:
-        return self._steps * self._per_step
-
-    def __getitem__(self, index: int) -> Example:
-        return self._examples[self.number(index)]
-
-    @property
-    def examples(self) -> int:
-        """Questions of one pass."""
-        return len(self._examples)
-
-    def number(self, index: int) -> int:
-        """The example's place among the examples."""
-        return self._number(index // self._per_step // self._num_iterations, self.place(index))
-
-    def place(self, index: int) -> int:
-        """Its place in the step before the step was rearranged."""
-        step, place = divmod(index, self._per_step)
-        if self._deal is None:
-            return place
-        turn = step // self._num_iterations
-        if self._dealt[0] != turn:
-            self._dealt = turn, self._deal([self._number(turn, i) for i in range(self._per_step)])
-        return self._dealt[1][place]
-
-    def _number(self, turn: int, place: int) -> int:
-        lap, position = divmod(turn * self._per_step + place, len(self._examples))
-        return self._order(lap)[position]
-
-    def is_repeated(self, index: int) -> bool:
-        """Whether the step goes on with the rollouts of the one before."""
-        return index // self._per_step % self._num_iterations > 0
-
-    def _order(self, lap: int) -> list[int]:
-        if lap not in self._orders:
-            order = list(range(len(self._examples)))
-            random.Random(f"{self._seed}/{lap}").shuffle(order)
-            self._orders[lap] = order
-        return self._orders[lap]
-
-
-class Prepared(Dataset[Ready]):
-    """The schedule, each example with its prompt encoded where worker processes run ahead of the step."""
-
-    def __init__(self, schedule: Schedule, family: Remembering, ask: Ask, *, ahead: bool, cached: bool) -> None:
-        self._schedule, self._family, self._ask, self._ahead = schedule, family, ask, ahead
-        self._cached: Tensor | None = None
-        if cached and ahead:
-            # Shared with the workers: 1 for each example whose features the training process has.
-            self._cached = torch.zeros(schedule.examples, dtype=torch.uint8).share_memory_()
-        self._identities: dict[int, str] = {}
-
-    def __len__(self) -> int:
-        return len(self._schedule)
-
-    def __getitem__(self, index: int) -> Ready:
-        example, number, place = self._schedule[index], self._schedule.number(index), self._schedule.place(index)
-        if not self._ahead or self._schedule.is_repeated(index):
-            return Ready(example=example, number=number, place=place)
-        held = self._cached is not None and bool(self._cached[number])
-        return self._family.prepare(example, self._ask, number=number, held=held, place=place)
-
-    def tell(self, seen: Sequence[Ready]) -> None:
-        """Let the workers know what the cache holds after a step."""
-        if self._cached is None:
-            return
-        self._identities |= {ready.number: ready.identity for ready in seen if ready.identity is not None}
-        for number, identity in self._identities.items():
-            self._cached[number] = self._family.holds(identity)
-
-
-def score_group(
-    model: Any,
-    family: Any,
-    packed: PackedGroup,
-    features: ImageFeatures,
-    *,
-    temperature: float,
-    attention: PrefixAttention = "auto",
-) -> TokenScores:
-    """Log-probabilities and entropies of all completion tokens of a group, from one packed forward pass."""
-    [scores] = score_groups(model, family, [packed], [features], temperature=temperature, attention=attention)
-    return scores
-
-
-def score_groups(
-    model: Any,
-    family: Any,
-    groups: Sequence[PackedGroup],
-    features: Sequence[ImageFeatures],
-    *,
-    temperature: float,
-    attention: PrefixAttention = "auto",
-) -> list[TokenScores]:
-    """The same for several groups, in one pass where their attention allows; the results do not depend on it."""
-    decoder = family.language_model(model)
-    if not shares_prefix(decoder, groups, attention):
-        return [
-            _scores(model, family, group, [seen], temperature, mask=group.mask_11SS)
-            for group, seen in zip(groups, features, strict=True)
-        ]
-    if has_linear_attention(decoder):
-        return [_scores(model, family, group, [seen], temperature) for group, seen in zip(groups, features, strict=True)]
-    scores = _scores(model, family, join_groups(groups), features, temperature)
-    counts = [sum(group.lengths) for group in groups]
-    parts = zip(scores.logprobs_N.split(counts), scores.entropies_N.split(counts), strict=True)
-    return [TokenScores(logprobs_N, entropies_N) for logprobs_N, entropies_N in parts]
-
-
-def _scores(
-    model: Any,
-    family: Any,
-    packed: PackedGroup,
-    features: Sequence[ImageFeatures],
-    temperature: float,
-    *,
-    mask: Tensor | None = None,
-) -> TokenScores:
-    options: dict[str, Any] = {} if mask is not None else {"layout": packed.layout}
-    # With a layout no mask is read, but without one transformers would build a causal mask of its own.
-    mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=packed.input_ids_1S.device) if mask is None else mask
-    outputs = family.forward(
-        model,
-        input_ids=packed.input_ids_1S,
-        position_ids=packed.positions_31S,
-        features=features,
-        attention_mask=packed_mask(family.language_model(model), mask, lengths=packed.lengths),
-        logits_to_keep=packed.keep_N,
-        use_cache=False,
-        **options,
-    )
-    return token_scores(outputs.logits[0], packed.targets_N, temperature=temperature)
-
-
-def shares_prefix(decoder: Any, groups: Sequence[PackedGroup], attention: PrefixAttention) -> bool:
-    """Whether the forward of these groups uses shared-prefix attention (`models.shared_prefix`) rather than dense masks.
-
-    `auto` takes it wherever it is there, except for so few tokens on a CPU that a mask costs less than the pieces.
-    """
-    there = decoder.config._attn_implementation == SHARED_PREFIX and all(lot.prefix for group in groups for lot in group.layout)
-    if attention == "auto":
-        return there and (_tokens(groups) >= SHORT or groups[0].input_ids_1S.device.type != "cpu")
-    return there and attention == "shared"
-
-
-def attention_note(decoder: Any, groups: Sequence[PackedGroup], attention: PrefixAttention) -> str:
-    """Which attention these groups get, and why."""
-    chosen = "shared" if shares_prefix(decoder, groups, attention) else "mask"
-    found = decoder.config._attn_implementation
-    if attention != "mask" and found != SHARED_PREFIX:
-        return f"{chosen} (the model was loaded with {found})"
-    device = groups[0].input_ids_1S.device.type
-    why = f"; rows of {_tokens(groups):,} tokens on {device}" if attention == "auto" else ""
-    return f"{chosen} ({attention}{why})"
-
-
-def _tokens(groups: Sequence[PackedGroup]) -> int:
-    return sum(group.input_ids_1S.shape[1] for group in groups)
-
-
-def dealing(examples: Sequence[Example], family: Family, ask: Ask, args: Any) -> Callable[[Sequence[int]], list[int]] | None:
-    """Deals the groups of a step out to the processes so that each has about as many prompt tokens; None for one process.
-
-    How long completions become is not known before they are sampled, and each process samples its own.
-    """
-    if args.world_size == 1:
-        return None
-    lengths = PromptLengths(family)
-
-    @cache
-    def tokens(number: int) -> int:
-        try:
-            messages, _ = ask(examples[number])
-        except PolygroundError:
-            return 0  # said where it is put to the policy
-        return lengths(messages)
-
-    def deal(numbers: Sequence[int]) -> list[int]:
-        costs = [tokens(number) for number in numbers]
-        return balanced(costs, processes=args.world_size, batch=args.per_device_train_batch_size)
-
-    return deal
 
 
 class GrpoTrainer(PortableTrainer):
@@ -305,20 +92,9 @@ class GrpoTrainer(PortableTrainer):
     ) -> None:
         require_packable(model)
         # Without an adapter to switch off, the starting policy is a model of its own.
-        self._start = copy.deepcopy(model).requires_grad_(False).eval() if config.beta and not config.use_peft else None
-        if args.save_steps % config.num_iterations:
-            raise ConfigError(
-                f"grpo.save_steps {args.save_steps} must be a multiple of num_iterations {config.num_iterations}: "
-                "a checkpoint inside a set of rollouts could not be resumed exactly"
-            )
-        schedule = Schedule(
-            examples,
-            steps=args.max_steps,
-            per_step=groups_per_step(args),
-            num_iterations=config.num_iterations,
-            seed=seed,
-            deal=dealing(examples, family, ask, args),
-        )
+        apart = config.beta and not config.use_peft
+        self._start = copy.deepcopy(model).to(args.device).requires_grad_(False).eval() if apart else None
+        schedule = schedule_of(examples, config, args, seed=seed, deal=dealing(examples, family, ask, args))
         self._prepared = Prepared(schedule, family, ask, ahead=args.dataloader_num_workers > 0, cached=config.image_cache_mib > 0)
         super().__init__(model=model, args=args, train_dataset=self._prepared, data_collator=list)
         if self.zero_stage == 3:
@@ -329,17 +105,7 @@ class GrpoTrainer(PortableTrainer):
         # `BatchSize` spans the accumulation window: losses of micro-batches are summed, not averaged.
         self.loss_is_scaled_for_ga = True
         self.config = config
-        self.objective = Objective(
-            loss_type=config.loss_type,
-            beta=config.beta,
-            epsilon=config.epsilon,
-            epsilon_high=config.epsilon_high,
-            max_completion_length=config.max_completion_length,
-            vllm_importance_sampling_correction=config.vllm_importance_sampling_correction,
-            vllm_importance_sampling_mode=config.vllm_importance_sampling_mode,
-            vllm_importance_sampling_clip_max=config.vllm_importance_sampling_clip_max,
-            vllm_importance_sampling_clip_min=config.vllm_importance_sampling_clip_min,
-        )
+        self.objective = Objective(**{field.name: getattr(config, field.name) for field in fields(Objective)})
         self._boards = Boards(
             boards_of(self.callback_handler.callbacks),
             groups=config.report_groups,
@@ -644,11 +410,6 @@ def step_seed(seed: int, step: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{step}".encode()).digest()[:4], "big") >> 1
 
 
-def groups_per_step(args: Any) -> int:
-    """Groups of an optimiser step, over all processes."""
-    return int(args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size)
-
-
 def train_grpo(
     loaded: Loaded,
     examples: Sequence[Example],
@@ -687,13 +448,6 @@ def train_grpo(
     trainer.add_callback(watching)
     summary = {"examples": len(examples), **train(trainer, out, by_step=(ROLLOUTS,)), "warnings": watching.count()}
     return summary | ({"prefix_attention": trainer.attention} if trainer.attention else {})
-
-
-def grpo_steps(examples: int, config: GrpoConfig, *, per_step: int) -> int:
-    """Optimiser steps: as the recipe says, or one pass over the examples."""
-    if config.max_steps > 0:
-        return config.max_steps
-    return max(1, math.ceil(examples / per_step) * config.num_iterations)
 
 
 def _light(group: Group) -> Group:
