@@ -350,6 +350,7 @@ def test_the_page_and_the_picture_say_where_the_figures_come_from(told: Callable
         machine(),
     ):
         assert words in page
+    assert "Of one seed" not in page
     picture = (tmp_path / "docs" / "mine.png").read_bytes()
     assert picture.startswith(b"\x89PNG")
     assert json.loads((tmp_path / "docs" / "mine.json").read_text())["hours"] == 6.0
@@ -380,6 +381,7 @@ def test_an_arm_is_told_in_and_out_of_domain(study: Study) -> None:
     page = written(gather(study, command=""))
     assert "| arm | seeds | in domain | out of domain | training hours |" in page
     assert "| `charged` | 1 | **-50.0 [" in page
+    assert "Of one seed the interval is over its questions alone" in page
     assert "in domain, it ends lower (-50.0 [-50.0, -50.0])" in page
     # A set of two questions can be drawn without the wrong one, so that zero lies within the interval.
     assert re.search(r"out of domain, no difference is seen \(-50\.0 \[-\d+\.\d, \+0\.0\]\)", page)

@@ -251,11 +251,14 @@ def _about_cells(results: Mapping[str, Any]) -> str:
 
 
 def _about_versus(results: Mapping[str, Any]) -> str:
-    return (
+    about = (
         f"Each arm is `{results['baseline']}` with one thing changed, same seeds, same questions: points of its final model "
         "minus the baseline's, paired by seed and question, with the 95 % interval over both; bold where it leaves out zero. "
         "Hours are those of all that makes the final model, what was taken over from the baseline included: the budgets."
     )
+    if any(len(arm["seeds"]) == 1 for arm in results["arms"].values()):
+        about += " Of one seed the interval is over its questions alone: what another seed would change is not in it."
+    return about
 
 
 def _headline_table(arm: Mapping[str, Any]) -> str:
