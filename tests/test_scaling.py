@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -49,16 +50,22 @@ def test_models_have_the_sizes_they_are_called_after(scaling: ModuleType, name: 
     assert scaling.sizes()[name].parameters == pytest.approx(billions * 1e9, rel=0.005)
 
 
+def launched(path: Path) -> Any:
+    """What `accelerate launch` makes of a configuration."""
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+
+    return _validate_launch_command(launch_command_parser().parse_args(["--config_file", str(path), "script.py"]))[0]
+
+
 @pytest.mark.parametrize("path", ACCELERATE, ids=lambda path: path.stem)
 def test_accelerate_reads_every_configuration(path: Path) -> None:
     from accelerate.commands.config.config_args import load_config_from_file
-    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 
     read = load_config_from_file(str(path))
     kinds = {"ddp": "MULTI_GPU", "fsdp": "FSDP", "deepspeed-zero2": "DEEPSPEED", "deepspeed-zero3": "DEEPSPEED"}
     assert str(getattr(read.distributed_type, "value", read.distributed_type)) == kinds[path.stem]
     assert read.num_processes == 8
-    told, _, _ = _validate_launch_command(launch_command_parser().parse_args(["--config_file", str(path), "script.py"]))
+    told = launched(path)
     assert (told.use_fsdp, told.use_deepspeed) == (path.stem == "fsdp", path.stem.startswith("deepspeed"))
     if told.use_deepspeed:
         assert int(told.zero_stage) == int(path.stem[-1])
@@ -66,10 +73,9 @@ def test_accelerate_reads_every_configuration(path: Path) -> None:
 
 @pytest.mark.parametrize("path", ACCELERATE, ids=lambda path: path.stem)
 def test_a_model_that_is_shared_out_for_training_is_never_whole_on_a_device(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
     from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
-    told, _, _ = _validate_launch_command(launch_command_parser().parse_args(["--config_file", str(path), "script.py"]))
+    told = launched(path)
     told.deepspeed_fields_from_accelerate_config = ""  # the launcher's next step sets it
     environment = prepare_deepspeed_cmd_env(told)[1] if told.use_deepspeed else prepare_multi_gpu_env(told)
     for name, value in environment.items():

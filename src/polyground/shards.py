@@ -95,13 +95,15 @@ def launched_processes() -> int:
     return 1 if shard is None else shard.count
 
 
+def launched_with(name: str) -> bool:
+    """Whether accelerate was launched with `FSDP` or `DEEPSPEED`."""
+    return os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in ("true", "1")
+
+
 def weights_in_pieces() -> bool:
-    """Whether accelerate was launched to share weights out over the processes of a training (FSDP, ZeRO-3)."""
-
-    def is_on(name: str) -> bool:
-        return os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in ("true", "1")
-
-    return is_on("FSDP") or (is_on("DEEPSPEED") and os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3")
+    """Whether weights will be shared out over the processes of a training (FSDP, ZeRO-3)."""
+    zero_3 = launched_with("DEEPSPEED") and os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
+    return zero_3 or launched_with("FSDP")
 
 
 def part_folder(out: Path, stage: str, shard: Shard) -> Path:

@@ -23,7 +23,7 @@ from polyground.imagefile import image_size
 from polyground.models import Family, Loaded
 from polyground.models.saving import trained_weights, whole
 from polyground.records import Message
-from polyground.shards import weights_in_pieces
+from polyground.shards import launched_with, weights_in_pieces
 from polyground.tokens import PromptCounter
 
 IDLE = -1
@@ -186,6 +186,6 @@ def wrap_decoder_layers(model: Any, family: Family) -> None:
 
     transformers would name the tower's blocks as well, which processes would then have to run equally often.
     """
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1"):
+    if launched_with("FSDP"):
         layers = family.language_model(model).layers
         os.environ.setdefault("FSDP_TRANSFORMER_CLS_TO_WRAP", ",".join(sorted({type(layer).__name__ for layer in layers})))
