@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 from fault_server import serving
 
-from polyground.config import ServersConfig, VllmConfig
+from polyground.config import Recipe, ServersConfig, VllmConfig
 from polyground.errors import ConfigError, EndpointError
 from polyground.sampling.served import serving_of
 from polyground.sampling.vllm import Adapters, VllmServer, lora_rank, server_command
+from polyground.stages import reject, world
 
 PROGRAM = """#!{python}
 import os, subprocess, sys, time
@@ -35,6 +36,32 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
     def log_message(self, *args): pass
 HTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Handler).serve_forever()
+"""
+
+ANSWERS_TWICE = """
+import json
+from http.server import ThreadingHTTPServer
+left = [1, 1]
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+    def do_POST(self):
+        if not left:
+            print("the engine is dead", flush=True)
+            os._exit(7)
+        left.pop()
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "none"}}
+        usage = {"prompt_tokens": 9, "completion_tokens": 1, "total_tokens": 10}
+        told = {"id": "1", "object": "chat.completion", "created": 0, "model": asked["model"], "usage": usage}
+        body = json.dumps({**told, "choices": [{**choice, "index": i} for i in range(asked["n"])]}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+    def log_message(self, *args): pass
+ThreadingHTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Handler).serve_forever()
 """
 
 
@@ -87,6 +114,38 @@ def test_a_server_that_does_not_come_up_is_explained_and_leaves_nothing(tmp_path
         VllmServer(tmp_path, config, name="sft", log=tmp_path / "vllm.log")
     if (tmp_path / "pids").exists():
         assert alive(tmp_path) == []
+
+
+def test_a_stage_whose_server_ends_stops_at_once_and_goes_on_with_a_new_one(tmp_path: Path) -> None:
+    questions = 6
+    recipe = Recipe.model_validate(
+        {
+            "out": str(tmp_path / "out"),
+            "world": {"train": 0, "rl": questions, "validation": 0, "test": 0, "ood": 0, "perception": 0},
+            "reject": {"sampler": "vllm", "num_generations": 2, "min_pass_rate": None, "max_pass_rate": None},
+            "grpo": {"start": "base"},
+            "servers": {
+                "vllm": {"python": str(program(tmp_path, ANSWERS_TWICE).python)},
+                # More patience than the test has.
+                "endpoint": {"concurrency": 1, "check_prompt_tokens": False, "retries": 1000},
+            },
+        }
+    )
+    world.run(recipe)
+    log = tmp_path / "out" / "logs" / "vllm-reject-base.log"
+    for asked in (2, 4):
+        with pytest.raises(EndpointError, match=rf"has ended \(7\); {log} says why.*answers/reject; the same command goes on"):
+            reject.run(recipe)
+        assert log.read_text().count("the engine is dead") == asked / 2
+    assert reject.run(recipe)["endpoint"]["requests"] == questions
+
+
+def test_an_adapter_for_a_server_that_has_ended_is_not_waited_for(tmp_path: Path) -> None:
+    with VllmServer(tmp_path, program(tmp_path, SERVES), name="sft", log=tmp_path / "log") as server:
+        adapters = Adapters([server.url], key=None, require_running=server.require_running)
+        os.kill(int((tmp_path / "pids").read_text().split()[0]), signal.SIGKILL)
+        with pytest.raises(EndpointError, match=r"has ended \(137\)"):
+            adapters.names()
 
 
 def test_a_killed_stage_takes_its_server_along(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import threading
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -73,6 +73,8 @@ class EndpointSampler:
     for others: answers of one version are not those of another. A prompt that a server's policy on contents forbids is answered
     by an empty text.
 
+    `require_running` is called before every try; what it raises ends the sampling, where it is known that nobody will answer.
+
     Answers are kept in the folder `cache`, and one that is there is not asked for again. With `max_tokens` or `max_cost`
     (at these `prices`), no request is started once so much is spent; those under way are still kept. `section` is what a recipe
     calls these settings.
@@ -97,6 +99,7 @@ class EndpointSampler:
         section: str = "endpoint",
         tokens: Tokens | None = None,
         version: str | None = None,
+        require_running: Callable[[], None] = lambda: None,
         clock: Clock | None = None,
     ) -> None:
         urls = [base_url] if isinstance(base_url, str) else list(base_url)
@@ -119,6 +122,7 @@ class EndpointSampler:
             key_env=api_key_env,
             patience=patience or Patience(retries=retries, timeout=timeout),
             clock=clock or Clock(),
+            require_running=require_running,
         )
         self._urls = ", ".join(map(without_secrets, urls))
         self._responses = Responses(cache)
@@ -143,6 +147,7 @@ class EndpointSampler:
         section: str = "endpoint",
         tokens: Tokens | None = None,
         version: str | None = None,
+        require_running: Callable[[], None] = lambda: None,
     ) -> Self:
         """As a recipe says; `cache` where it names no folder."""
         return cls(
@@ -160,6 +165,7 @@ class EndpointSampler:
             section=section,
             tokens=tokens,
             version=version,
+            require_running=require_running,
         )
 
     def turn_to(self, model: str, *, version: str | None = None) -> None:

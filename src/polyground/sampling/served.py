@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,8 @@ class Served:
     urls: tuple[str, ...]
     model: str
     api_key_env: str | None = None
+    require_running: Callable[[], None] = lambda: None
+    """Raises EndpointError where it is known that nobody will answer any more."""
 
 
 @contextmanager
@@ -31,7 +33,7 @@ def serving_of(
     """
     if how == "vllm":
         with VllmServer(model, servers.vllm, name=role, log=log, dtype=dtype, adapter_rank=adapter_rank) as server:
-            yield Served(urls=(server.url,), model=server.name)
+            yield Served(urls=(server.url,), model=server.name, require_running=server.require_running)
         return
     named: ServedConfig | None = getattr(servers, role)
     if named is None:

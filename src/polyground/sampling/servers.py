@@ -137,6 +137,7 @@ class Servers:
         key_env: str | None,
         patience: Patience,
         clock: Clock,
+        require_running: Callable[[], None] = lambda: None,
     ) -> None:
         try:
             import openai
@@ -147,6 +148,7 @@ class Servers:
         """Name of the model that the next requests are for."""
         self._key, self._key_env = key, key_env
         self._patience, self._clock = patience, clock
+        self._require_running = require_running
         self._servers = [
             _Server(
                 without_secrets(url),
@@ -214,6 +216,7 @@ class Servers:
     def _go_on(self) -> None:
         if self.closing.is_set():
             raise EndpointError("sampling has failed elsewhere")
+        self._require_running()
 
     def _rests(self, server: _Server) -> bool:
         return server.failures >= self._patience.failures

@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from http.client import HTTPException
 from pathlib import Path
@@ -33,6 +33,9 @@ RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 _TAIL = 2000
 """Characters of the server's log that an error quotes."""
+
+_GRACE = 1.0
+"""Seconds between a server's last word and its end, which is seen only when its guard has ended too."""
 
 
 class VllmServer:
@@ -82,6 +85,11 @@ class VllmServer:
                     f"{self._last_words()}"
                 )
             time.sleep(0.5)
+
+    def require_running(self) -> None:
+        """Raise EndpointError where the server has ended by itself: nobody starts it again, so that no wait helps."""
+        if (code := self._process.poll()) is not None:
+            raise EndpointError(f"the vLLM server that was started for this has ended ({code}); {self._log} says why")
 
     def _last_words(self) -> str:
         try:
@@ -159,10 +167,13 @@ class Adapters:
     The servers read an adapter's folder themselves: on another machine it must be there under the same path.
     """
 
-    def __init__(self, urls: Sequence[str], *, key: str | None, timeout: float = 300.0) -> None:
+    def __init__(
+        self, urls: Sequence[str], *, key: str | None, timeout: float = 300.0, require_running: Callable[[], None] = lambda: None
+    ) -> None:
         if odd := [url for url in urls if urlsplit(url).scheme not in ("http", "https")]:
             raise ConfigError(f"{without_secrets(odd[0])}: not an address of a server; write http://HOST:PORT/v1")
         self._urls, self._timeout = [url.rstrip("/") for url in urls], timeout
+        self._require_running = require_running
         self._headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
 
     def names(self) -> list[set[str]]:
@@ -200,6 +211,8 @@ class Adapters:
         except HTTPError as error:
             status, text = error.code, error.read().decode(errors="replace")
         except (OSError, HTTPException) as error:
+            time.sleep(_GRACE)
+            self._require_running()
             raise EndpointError(f"{url}/{path}: no answer ({type(error).__name__}); is the server up?") from None
         if status == 404 and path == "load_lora_adapter" and "adapter" not in text.lower():
             raise EndpointError(

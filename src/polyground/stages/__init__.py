@@ -146,6 +146,7 @@ def student(recipe: Recipe, role: str, *, sampler: Sampling, stage: str) -> Iter
             section="servers.endpoint",
             tokens=Tokens(),
             version=model_version(recipe, role),
+            require_running=served.require_running,
         ) as asked,
     ):
         scorer = Scorer(recipe.rewards, native=convention.native, reasoning=recipe.prompts.reasoning)

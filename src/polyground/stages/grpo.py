@@ -119,11 +119,17 @@ def rollouts(recipe: Recipe, folder: Path) -> Iterator[tuple[Callable[[Loaded], 
                 convention=loaded.family.convention,
                 section="servers.endpoint",
                 tokens=policy_tokens(loaded),
+                require_running=served.require_running,
             )
             policy = PolicySampler(
                 loaded,
                 sampler=sampler,
-                adapters=Adapters(served.urls, key=api_key(served.api_key_env), timeout=recipe.servers.endpoint.timeout),
+                adapters=Adapters(
+                    served.urls,
+                    key=api_key(served.api_key_env),
+                    timeout=recipe.servers.endpoint.timeout,
+                    require_running=served.require_running,
+                ),
                 folder=folder / "served",
                 version=model_version(recipe, role),
                 steps_per_adapter=config.steps_per_adapter,
