@@ -409,6 +409,38 @@ class Harness:
             self.end_calmly(row, position, hit)
         say(f"{row.fault}, {row.where}: {row.survived} of {row.injected}")
 
+    def kill_one_of_two(self) -> None:
+        """One of the two processes of a stage killed at random moments, several times in a row on one folder."""
+        for verb in ("synthesize", "sft", "reject", "grpo", "evaluate"):
+            position = STAGES.index(verb)
+            row = self.row("one of two processes killed", verb)
+            self.stage_before(position)
+            used = _children_seconds()
+            if bad := [ended.said for ended in self.in_two(verb) if ended.code != 0]:
+                raise SystemExit(f"the calm run in two processes failed at {verb}:\n{bad[0]}")
+            seconds = (_children_seconds() - used) / 2
+            calm = self.work / f"calm-two-{verb}"
+            shutil.copytree(self.run, calm, dirs_exist_ok=True)
+            self.stage_before(position)
+            moments = [self.rng.uniform(0.1, 0.9) * seconds * 0.75**number for number in range(max(1, self.kills // 2))]
+            hit = sum(self.in_two(verb, victim=self.rng.randrange(2), kill_after=moment)[0].killed for moment in moments)
+            row.notes["the stage was over before"] += len(moments) - hit
+            halves = half_files(self.run)
+            last = self.in_two(verb)
+            problems = [f"taken for whole: {halves[0]}"] if halves else [each.said[-500:] for each in last if each.code != 0]
+            self.judge(row, hit, problems or differences(calm, self.run))
+            say(f"{row.fault}, {row.where}: {row.survived} of {row.injected}")
+
+    def in_two(self, verb: str, *, victim: int = 0, kill_after: float | None = None) -> list[Ended]:
+        """A stage in two processes, the end of the victim first; where it is killed the other is ended too, as launchers do."""
+        port = _free_port()
+        logs = [self.work / f"log-{rank}.txt" for rank in range(2)]
+        processes = [start(self.words(verb), log, before=_as_rank(rank, port)) for rank, log in enumerate(logs)]
+        first = wait(processes[victim], logs[victim], kill_after=kill_after)
+        if first.killed:
+            os.kill(processes[1 - victim], signal.SIGTERM)
+        return [first, wait(processes[1 - victim], logs[1 - victim])]
+
     def fill_the_disk(self) -> None:
         """A whole run on a disk of a few blocks, which is made larger each time that it was full."""
         # Twelve times a little more, until there is room for all.
@@ -650,6 +682,7 @@ _LATER = {
 FAULTS: dict[str, Callable[[Harness], None]] = {
     "kill-time": Harness.kill_in_time,
     "kill-files": Harness.kill_in_files,
+    "kill-one": Harness.kill_one_of_two,
     "disk": Harness.fill_the_disk,
     "unfinished": Harness.truncate_unfinished,
     "finished": Harness.truncate_finished,
@@ -693,6 +726,20 @@ def _all_of(*parts: Callable[[], None]) -> Callable[[], None]:
             part()
 
     return both
+
+
+def _as_rank(rank: int, port: int) -> Callable[[], None]:
+    """What a launcher tells one of two processes, which forgets that this one was alone."""
+
+    def put() -> None:
+        from accelerate.state import AcceleratorState
+
+        AcceleratorState._reset_state(reset_partial_state=True)
+        told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+        os.environ.update({name: str(value) for name, value in told.items()})
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+
+    return put
 
 
 def _clock(days: float, *, jump: float = 0.0) -> Callable[[], None]:
