@@ -488,7 +488,8 @@ class Harness:
                 killer = FileOperations(self.run, kill_before=self.rng.randint(max(1, total // 3), total))
                 self.attempt(self.words(verb), before=killer)
                 cut = [path for path in self.run.rglob("*.jsonl") if path not in before and "checkpoint-" not in str(path)]
-                cut = [path for path in cut if not (path.parent / MANIFEST).exists() and _cut_last_line(path, self.rng)]
+                whole = {manifest.parent for manifest in self.run.rglob(MANIFEST)}
+                cut = [path for path in cut if not whole & set(path.parents) and _cut_last_line(path, self.rng)]
                 if cut:
                     self.end_calmly(row, position, len(cut))
             if not row.injected:
@@ -777,7 +778,7 @@ def _cut_last_line(path: Path, rng: random.Random) -> bool:
 
 def _shorten(path: Path, *, half: bool) -> bool:
     content = path.read_bytes()
-    if not half and path.suffix == ".safetensors":
+    if not content or (not half and path.suffix == ".safetensors"):
         return False
     lines = content.splitlines(keepends=True) if path.suffix != ".safetensors" else [content]
     keep = lines[-1][: len(lines[-1]) // 2] if half else b""

@@ -14,7 +14,8 @@ from test_sft import learn
 
 from polyground.records import Example
 from polyground.storage import read_json, read_rows
-from polyground.training.runs import SEAL, date_by_step, last_checkpoint
+from polyground.training import runs
+from polyground.training.runs import SEAL, last_checkpoint
 
 SOME = {"max_steps": 4, "save_steps": 1, "lr_scheduler_type": "constant"}
 
@@ -116,14 +117,30 @@ def test_a_clock_put_back_does_not_make_the_newest_checkpoint_the_oldest(
     future = time.time() + 86400
     os.utime(out / "checkpoint-2", (future, future))
     learn(toy_folder, examples, out, **{**SOME, "max_steps": 3}, save_total_limit=1)
-    # transformers keeps one, by date; the one of the last step it is.
     assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-3"]
 
 
-def test_checkpoints_are_dated_by_their_steps(tmp_path: Path) -> None:
-    for step in (10, 2, 1):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-    date_by_step(tmp_path)
-    dates = {path.name: path.stat().st_mtime for path in tmp_path.iterdir()}
-    assert sorted(dates, key=dates.__getitem__) == ["checkpoint-1", "checkpoint-2", "checkpoint-10"]
-    assert max(dates.values()) < time.time()
+def test_a_checkpoint_without_a_seal_is_not_taken_for_whole(trained: Path, tmp_path: Path) -> None:
+    out = interrupted(trained, tmp_path / "run", after=3)
+    (out / "checkpoint-3" / SEAL).unlink()
+    assert last_checkpoint(out) == out / "checkpoint-2"
+
+
+def test_the_checkpoint_before_is_there_until_the_new_one_is_sealed(
+    toy_folder: Path, examples: list[Example], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class KilledError(Exception):
+        pass
+
+    digests = runs._digests
+
+    def killed(checkpoint: Path) -> dict[str, str]:
+        if checkpoint.name == "checkpoint-3":
+            raise KilledError
+        return digests(checkpoint)
+
+    monkeypatch.setattr(runs, "_digests", killed)
+    with pytest.raises(KilledError):
+        learn(toy_folder, examples, tmp_path, **SOME, save_total_limit=1)
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-2"

@@ -446,7 +446,11 @@ def train_grpo(
     )
     watching = Watching(out)
     trainer.add_callback(watching)
-    summary = {"examples": len(examples), **train(trainer, out, by_step=(ROLLOUTS,)), "warnings": watching.count()}
+    summary = {
+        "examples": len(examples),
+        **train(trainer, out, save_total_limit=config.save_total_limit, by_step=(ROLLOUTS,)),
+        "warnings": watching.count(),
+    }
     return summary | ({"prefix_attention": trainer.attention} if trainer.attention else {})
 
 

@@ -8,7 +8,6 @@ import logging
 import math
 import os
 import shutil
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -105,7 +104,8 @@ def training_arguments(config: TrainingConfig, out: Path, *, seed: int, max_step
         bf16=config.bf16,
         logging_steps=config.logging_steps,
         save_steps=config.save_steps,
-        save_total_limit=config.save_total_limit,
+        # `Seal` deletes the older ones. transformers would before the new one is sealed, and goes by their dates.
+        save_total_limit=None,
         report_to=list(config.report_to) or "none",
         use_cpu=use_cpu,
         remove_unused_columns=False,
@@ -163,15 +163,12 @@ def raising(batches: Iterator[Any]) -> Iterator[Any]:
 
 
 class Seal(TrainerCallback):
-    """Writes into every checkpoint, last of all, what its files hash to; and keeps the clock out of which one is the oldest."""
+    """Writes into every checkpoint, last of all, what its files hash to; only then deletes those before the newest `limit`."""
 
-    def __init__(self, wait: Callable[[], None], rows: Sequence[str]) -> None:
+    def __init__(self, wait: Callable[[], None], rows: Sequence[str], *, limit: int | None) -> None:
         self._wait = wait
         self._rows = rows
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if control.should_save and state.is_world_process_zero:
-            date_by_step(Path(str(args.output_dir)))
+        self._limit = limit
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._wait()  # other processes write files of their own
@@ -181,16 +178,13 @@ class Seal(TrainerCallback):
             files = {f"../{name}": checkpoint.parent / name for name in self._rows}
             lengths = {name: f"{path.stat().st_size} bytes" for name, path in files.items() if path.is_file()}
             atomic_write_json(checkpoint / SEAL, {**_digests(checkpoint), **lengths})
+            for old in _newest_first(checkpoint.parent)[self._limit :] if self._limit else ():
+                shutil.rmtree(old, ignore_errors=True)  # the next save tries again
 
 
-def date_by_step(folder: Path) -> None:
-    """Date the checkpoints in the order of their steps, all in the past.
-
-    transformers deletes the one that is oldest by its date: after a clock was put back that is the newest, just written.
-    """
-    now = time.time()
-    for age, checkpoint in enumerate(sorted(folder.glob("checkpoint-*"), key=checkpoint_step, reverse=True), start=1):
-        os.utime(checkpoint, (now - 60 * age, now - 60 * age))
+def _newest_first(folder: Path) -> list[Path]:
+    """The checkpoints in a folder by their steps: no clock is asked."""
+    return sorted(folder.glob("checkpoint-*"), key=checkpoint_step, reverse=True)
 
 
 def _digests(checkpoint: Path) -> dict[str, str]:
@@ -205,18 +199,17 @@ def _digests(checkpoint: Path) -> dict[str, str]:
 
 def last_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint that was written to its end and is still as it was; any other is passed over."""
-    found = sorted(folder.glob("checkpoint-*"), key=checkpoint_step, reverse=True)
-    return next((path for path in found if _is_whole(path) and _is_as_sealed(path)), None)
+    return next((path for path in _newest_first(folder) if _is_as_sealed(path)), None)
 
 
 def _is_as_sealed(checkpoint: Path) -> bool:
-    """Whether every file still has its hash; True without a seal, as of a process killed just before it, or an older version."""
+    """Whether every file still has its hash. Without a seal nobody knows: the process was killed before it, whatever is there."""
+    if not (checkpoint / SEAL).is_file():
+        return False
     try:
-        sealed = read_json(checkpoint / SEAL) if (checkpoint / SEAL).is_file() else None
+        sealed = read_json(checkpoint / SEAL)
     except DataError:
-        sealed = {SEAL: ""}
-    if sealed is None:
-        return True
+        sealed = None
     sealed = sealed if isinstance(sealed, dict) else {SEAL: ""}
     found = _digests(checkpoint)
     damaged = [name for name, told in sealed.items() if not _fits(checkpoint, name, str(told), found)]
@@ -237,19 +230,6 @@ def checkpoint_step(checkpoint: Path) -> int:
     """The step that the folder's name says; -1 where it says none."""
     number = checkpoint.name.rpartition("-")[2]
     return int(number) if number.isdigit() else -1
-
-
-def _is_whole(checkpoint: Path) -> bool:
-    # transformers writes the trainer's state last.
-    try:
-        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    # FSDP names weights and optimiser in ways of its own where they are left in pieces; DeepSpeed has a folder for both.
-    needed = (("*.safetensors", "pytorch_model_fsdp*"), ("optimizer.pt", "optimizer*", "global_step*"), ("scheduler.pt",))
-    return state.get("global_step") == checkpoint_step(checkpoint) and all(
-        any(True for pattern in patterns for _ in checkpoint.glob(pattern)) for patterns in needed
-    )
 
 
 def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -276,10 +256,11 @@ def cut_rows(path: Path, *, keep: Callable[[Mapping[str, Any]], bool]) -> None:
         atomic_write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
 
 
-def train(trainer: Trainer, out: Path, *, by_step: tuple[str, ...] = ()) -> dict[str, Any]:
+def train(trainer: Trainer, out: Path, *, save_total_limit: int | None, by_step: tuple[str, ...] = ()) -> dict[str, Any]:
     """Train to the end, from the last whole checkpoint under `out` if there is one, and save what was learnt.
 
-    `by_step` names further files of rows that carry the step (0-based) they were made in. Returns steps and loss.
+    The newest `save_total_limit` checkpoints are kept, all where it is None. `by_step` names further files of rows that carry
+    the step (0-based) they were made in. Returns steps and loss.
     """
     checkpoint = last_checkpoint(out)
     trainer.accelerator.wait_for_everyone()  # what is removed below, others may be reading
@@ -295,9 +276,8 @@ def train(trainer: Trainer, out: Path, *, by_step: tuple[str, ...] = ()) -> dict
             # Damaged or half-written: its steps are done again, and written over it file by file it would be neither.
             if checkpoint_step(stale) > done:
                 shutil.rmtree(stale)
-        date_by_step(out)
     trainer.add_callback(LogRows(out / LOG))
-    trainer.add_callback(Seal(trainer.accelerator.wait_for_everyone, (LOG, *by_step)))
+    trainer.add_callback(Seal(trainer.accelerator.wait_for_everyone, (LOG, *by_step), limit=save_total_limit))
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     view = View(out.name, log=out / LOG, warnings=out / WARNINGS)

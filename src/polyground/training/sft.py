@@ -144,7 +144,7 @@ def train_sft(loaded: Loaded, lessons: Sequence[Lesson], config: SftConfig, *, o
         return collate_completions(whole, pad_token_id=loaded.family.pad_token_id)
 
     trainer = SftTrainer(model, args=args, family=loaded.family, lessons=Lessons(lessons, loaded), collate=collate)
-    return {"rows": len(lessons), **train(trainer, out)}
+    return {"rows": len(lessons), **train(trainer, out, save_total_limit=config.save_total_limit)}
 
 
 def sft_steps(rows: int, config: SftConfig, *, processes: int = 1) -> int:
