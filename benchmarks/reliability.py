@@ -132,8 +132,7 @@ def wait(process: int, log: Path, *, kill_after: float | None = None) -> Ended:
         if found:
             code = os.waitstatus_to_exitcode(status)
             return Ended(code if code >= 0 else None, log.read_text(errors="replace"))
-        over = time.monotonic() - since > PATIENCE if kill_after is None else busy_seconds(process) > kill_after
-        if over:
+        if time.monotonic() - since > PATIENCE or (kill_after is not None and busy_seconds(process) > kill_after):
             os.kill(process, signal.SIGKILL)
         time.sleep(0.002)
 
@@ -905,7 +904,12 @@ def load_libraries(harness: Harness) -> None:
     """Once, here, by a run in this process: much is loaded only when it is used, and every fork would load it again."""
     import gc
     import importlib
+    import threading
 
+    from tqdm import tqdm
+
+    # Its own lock lies in memory that forks share: an attempt killed while it holds that would stop all later ones.
+    tqdm.set_lock(threading.RLock())
     importlib.import_module("polyground.sampling.endpoint")
     importlib.import_module("openai.resources.chat.completions")
     warm = harness.work / "warm"
