@@ -30,6 +30,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -349,12 +350,14 @@ class Harness:
         shutil.copytree(self.run, self.calm(len(STAGES)))
         known.write_text(json.dumps([list(self.seconds.values()), list(self.operations.values())]))
 
-    def end_calmly(self, row: Row, position: int, faults: int, words: Sequence[str] | None = None) -> None:
-        """The same command without a fault; the faults before it are survived when it ends like the calm run."""
-        ended = self.attempt(words or self.words(STAGES[position]))
-        problems = [f"ended with {ended.code}: {ended.said[-600:]}"] if ended.code != 0 else []
-        problems += differences(self.calm(position + 1), self.run) if not problems else []
-        self.judge(row, faults, problems)
+    def end_calmly(self, row: Row, position: int, faults: int) -> None:
+        """The same command without a fault."""
+        self.compare(row, faults, self.calm(position + 1), [self.attempt(self.words(STAGES[position]))])
+
+    def compare(self, row: Row, faults: int, calm: Path, last: Sequence[Ended]) -> None:
+        """The faults are survived when the last attempt, each process of it, ended well and left what the calm run left."""
+        problems = [f"ended with {ended.code}: {ended.said[-600:]}" for ended in last if ended.code != 0]
+        self.judge(row, faults, problems or differences(calm, self.run))
 
     def judge(self, row: Row, faults: int, problems: Sequence[str]) -> None:
         row.injected += faults
@@ -376,40 +379,24 @@ class Harness:
     # ---- faults
 
     def kill_in_time(self) -> None:
-        """SIGKILL at random moments, several in a row on one folder."""
-        for position in range(len(STAGES)):
-            seconds = self.seconds[position]
-            # What a folder has already got done is not done again: later moments would find the stage over.
-            moments = [self.rng.uniform(0.05, 0.9) * seconds * 0.75**number for number in range(self.kills)]
-            self._kill(self.row("SIGKILL at a random moment", self.named(position)), position, moments)
+        """SIGKILL at random moments."""
+        for position, verb in enumerate(STAGES):
+            row = self.row("SIGKILL at a random moment", self.named(position))
+            killed = [
+                partial(self._alone, verb, kill_after=moment) for moment in self._moments(self.seconds[position], self.kills)
+            ]
+            self._kill(row, position, killed, partial(self._alone, verb), self.calm(position + 1))
 
     def kill_in_files(self) -> None:
-        """SIGKILL just before a write, a rename, a deletion; several in a row on one folder."""
-        for position in range(len(STAGES)):
-            total = self.operations[position]
-            numbers = [max(1, int(self.rng.uniform(0.05, 0.9) * total * 0.75**number)) for number in range(self.kills)]
-            self._kill(self.row("SIGKILL before a file operation", self.named(position)), position, numbers)
-
-    def _kill(self, row: Row, position: int, moments: Sequence[float]) -> None:
-        """Attempt after attempt killed, at seconds on a core or before file operations of a number, and one to the end."""
-        self.stage_before(position)
-        words, hit, halves = self.words(STAGES[position]), 0, []
-        for moment in moments:
-            if isinstance(moment, int):
-                ended = self.attempt(words, before=FileOperations(self.run, kill_before=moment))
-            else:
-                ended = self.attempt(words, kill_after=moment)
-            hit += ended.killed
-            halves += half_files(self.run)
-        row.notes["the stage was over before"] += len(moments) - hit
-        if halves:
-            self.judge(row, hit, [f"taken for whole: {halves[0]}"])
-        else:
-            self.end_calmly(row, position, hit)
-        say(f"{row.fault}, {row.where}: {row.survived} of {row.injected}")
+        """SIGKILL just before a write, a rename, a deletion."""
+        for position, verb in enumerate(STAGES):
+            row = self.row("SIGKILL before a file operation", self.named(position))
+            numbers = [max(1, int(number)) for number in self._moments(self.operations[position], self.kills)]
+            killed = [partial(self._alone, verb, before=FileOperations(self.run, kill_before=number)) for number in numbers]
+            self._kill(row, position, killed, partial(self._alone, verb), self.calm(position + 1))
 
     def kill_one_of_two(self) -> None:
-        """One of the two processes of a stage killed at random moments, several times in a row on one folder."""
+        """One of the two processes of a stage killed at random moments."""
         for verb in ("synthesize", "sft", "reject", "grpo", "evaluate"):
             position = STAGES.index(verb)
             row = self.row("one of two processes killed", verb)
@@ -417,23 +404,42 @@ class Harness:
             used = _children_seconds()
             if bad := [ended.said for ended in self.in_two(verb) if ended.code != 0]:
                 raise SystemExit(f"the calm run in two processes failed at {verb}:\n{bad[0]}")
-            seconds = (_children_seconds() - used) / 2
+            moments = self._moments((_children_seconds() - used) / 2, max(1, self.kills // 2))
             calm = self.work / f"calm-two-{verb}"
             shutil.copytree(self.run, calm, dirs_exist_ok=True)
-            self.stage_before(position)
-            moments = [self.rng.uniform(0.1, 0.9) * seconds * 0.75**number for number in range(max(1, self.kills // 2))]
-            hit = 0
-            for moment in moments:
-                if self.in_two(verb, victim=self.rng.randrange(2), kill_after=moment)[0].killed:
-                    hit += 1
-                else:
-                    self.stage_before(position)
-            row.notes["the stage was over before"] += len(moments) - hit
-            halves = half_files(self.run)
-            last = self.in_two(verb)
-            problems = [f"taken for whole: {halves[0]}"] if halves else [each.said[-500:] for each in last if each.code != 0]
-            self.judge(row, hit, problems or differences(calm, self.run))
-            say(f"{row.fault}, {row.where}: {row.survived} of {row.injected}")
+            killed = [partial(self.in_two, verb, victim=self.rng.randrange(2), kill_after=moment) for moment in moments]
+            self._kill(row, position, killed, partial(self.in_two, verb), calm)
+
+    def _moments(self, total: float, number: int) -> list[float]:
+        """Random shares of a whole, earlier and earlier: what a folder has already got done is not done again."""
+        return [self.rng.uniform(0.05, 0.9) * total * 0.75**power for power in range(number)]
+
+    def _alone(self, verb: str, **how: Any) -> list[Ended]:
+        return [self.attempt(self.words(verb), **how)]
+
+    def _kill(
+        self,
+        row: Row,
+        position: int,
+        killed: Sequence[Callable[[], list[Ended]]],
+        calmly: Callable[[], list[Ended]],
+        calm: Path,
+    ) -> None:
+        """Attempt after attempt on one folder, put back where the stage was over before its kill; and one to the end."""
+        self.stage_before(position)
+        hit, halves = 0, []
+        for attempt in killed:
+            over = not attempt()[0].killed
+            hit += not over
+            halves += half_files(self.run)
+            if over:
+                self.stage_before(position)
+        row.notes["the stage was over before"] += len(killed) - hit
+        if halves:
+            self.judge(row, hit, [f"taken for whole: {halves[0]}"])
+        else:
+            self.compare(row, hit, calm, calmly())
+        say(f"{row.fault}, {row.where}: {row.survived} of {row.injected}")
 
     def in_two(self, verb: str, *, victim: int = 0, kill_after: float | None = None) -> list[Ended]:
         """A stage in two processes, the end of the victim first; where it is killed the other is ended too, as launchers do."""
@@ -574,9 +580,8 @@ class Harness:
                 # And a kill under the moved clock, so that what it wrote is gone on from.
                 both = _all_of(_clock(days), FileOperations(self.run, kill_before=self.rng.randint(total // 4, total // 2)))
                 self.attempt(self.words(verb), before=both)
-                ended = self.attempt(self.words(verb), before=_clock(days, jump=-2 * days))
-                problems = [] if ended.code == 0 else [ended.said[-500:]]
-                self.judge(row, 1, problems or differences(self.calm(position + 1), self.run))
+                last = self._alone(verb, before=_clock(days, jump=-2 * days))
+                self.compare(row, 1, self.calm(position + 1), last)
             say(f"{row.fault}, {row.where}: {row.survived} of {row.injected}")
 
     def run_twice(self) -> None:
